@@ -1,30 +1,28 @@
 """Divergence of a student from a teacher and from hard labels: one public function a computation.
 
-`divergence` takes logits; `linear_divergence` takes hidden states and heads and never holds all logits at once.
+`divergence` takes logits; `linear_divergence` takes hidden states and heads and never holds all logits.
 With q = softmax(t / T), p = softmax(s / T) for temperature_on="both" or softmax(s) for "teacher":
 
     loss = sum over rows n with label != -100 of
-           kl_weight * (T^2 if temperature_squared else 1) * KL(q_n || p_n)  +  hard_weight * CE(label_n, softmax(s_n))
+           kl_weight * (T^2 if temperature_squared else 1) * KL(q_n || p_n)
+           + hard_weight * CE(label_n, softmax(s_n))
 
-KL has the teacher first. Below T = 1e-4 the teacher is the one-hot of its arg-max, the student keeps temperature 1
-and T^2 is left out. Columns from `vocab_size` on are padding: -inf on both sides, zero gradient.
+KL has the teacher first. Below T = 1e-4 the teacher is the one-hot of its arg-max (the first of equals), the
+student keeps temperature 1 and T^2 is left out. Columns from `vocab_size` on are padding: -inf on both sides,
+zero gradient. Weights of 0 switch a term off, even where it is infinite.
 Suffixes: N rows, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
 from torch import Tensor
 
+from distill.kernels.checks import check_tensors, real_vocabulary
 from distill.kernels.linear import Head, chunked_divergence
-from distill.kernels.reference import reference_divergence
-from distill.kernels.terms import IGNORED_LABEL, Divergence, TemperatureOn, Terms, resolve_terms
+from distill.kernels.picker import Impl, pick
+from distill.kernels.terms import IGNORED_LABEL, Divergence, TemperatureOn, resolve_terms
 
 __all__ = ["IGNORED_LABEL", "Divergence", "divergence", "linear_divergence"]
-
-Impl = Literal["auto", "cpu", "reference"]
 
 
 def divergence(
@@ -52,10 +50,12 @@ def divergence(
         temperature=temperature,
         temperature_on=temperature_on,
         temperature_squared=temperature_squared,
-        vocab_size=_real_vocabulary(student_logits_NV, teacher_logits_NV, vocab_size),
+        vocab_size=real_vocabulary(student_logits_NV, teacher_logits_NV, vocab_size),
     )
-    _check_tensors(student_logits_NV, teacher_logits_NV, labels_N, terms)
-    return reference_divergence(student_logits_NV, teacher_logits_NV, labels_N, terms)
+    check_tensors(student_logits_NV, teacher_logits_NV, labels_N, terms)
+    return pick(impl, student_logits_NV, teacher_logits_NV)(
+        student_logits_NV, teacher_logits_NV, labels_N, terms
+    )
 
 
 def linear_divergence(
@@ -76,8 +76,8 @@ def linear_divergence(
 ) -> Divergence:
     """`divergence(student_head(student_hidden), teacher_head(teacher_hidden), labels)` in chunks of rows.
 
-    With more than one chunk, backward computes each chunk's logits again instead of keeping them (one more forward
-    of both heads); with one chunk nothing is computed twice. The teacher's head runs without gradients.
+    With more than one chunk, backward computes each chunk's logits again instead of keeping them (one more
+    forward of both heads); with one chunk nothing is computed twice. The teacher's head has no gradients.
     Heads map hidden [n, D] to logits [n, V]. Raises ValueError as `divergence` does.
     """
     if chunk_rows < 1:
@@ -105,49 +105,3 @@ def linear_divergence(
     if teacher_hidden_ND is not None and teacher_head is not None:
         teacher = (teacher_hidden_ND, teacher_head)
     return chunked_divergence(one_chunk, (student_hidden_ND, student_head), teacher, labels_N, chunk_rows)
-
-
-def _real_vocabulary(student_NV: Tensor, teacher_NV: Tensor | None, vocab_size: int | None) -> int:
-    for name, logits in (("student", student_NV), ("teacher", teacher_NV)):
-        if logits is not None and (logits.dim() != 2 or not logits.is_floating_point()):
-            raise ValueError(
-                f"{name} logits must be a floating tensor [N, V], got {logits.dtype} {tuple(logits.shape)}"
-            )
-    widths = [logits.shape[1] for logits in (student_NV, teacher_NV) if logits is not None]
-    if vocab_size is None:
-        if len(set(widths)) > 1:
-            raise ValueError(
-                f"student has {widths[0]} columns and teacher {widths[1]}: give vocab_size if the rest is padding"
-            )
-        vocab_size = widths[0]
-    if not 1 <= vocab_size <= min(widths):
-        raise ValueError(f"vocab_size must be in 1..{min(widths)} (columns of the logits), got {vocab_size}")
-    return vocab_size
-
-
-def _check_tensors(
-    student_NV: Tensor, teacher_NV: Tensor | None, labels_N: Tensor | None, terms: Terms
-) -> None:
-    num_rows = student_NV.shape[0]
-    if teacher_NV is None and terms.kl_weight:
-        raise ValueError(f"kl_weight is {terms.kl_weight} but there are no teacher logits: set it to 0")
-    if teacher_NV is not None and teacher_NV.shape[0] != num_rows:
-        raise ValueError(f"student has {num_rows} rows, teacher {teacher_NV.shape[0]}: they must be the same")
-    if labels_N is None:
-        if terms.hard_weight:
-            raise ValueError(f"hard_weight is {terms.hard_weight} but there are no labels: set it to 0")
-        return
-    if labels_N.shape != (num_rows,) or labels_N.dtype != torch.int64:
-        raise ValueError(f"labels must be int64 [{num_rows}], got {labels_N.dtype} {tuple(labels_N.shape)}")
-    _check_label_range(labels_N, terms.vocab_size)
-
-
-def _check_label_range(labels_N: Tensor, vocab_size: int) -> None:
-    if labels_N.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # would wait for the device, or break the graph; the kernels check again
-    wrong_N = (labels_N != IGNORED_LABEL) & ((labels_N < 0) | (labels_N >= vocab_size))
-    if bool(wrong_N.any()):
-        row = int(wrong_N.nonzero()[0])
-        raise ValueError(
-            f"label {int(labels_N[row])} in row {row} is neither {IGNORED_LABEL} nor in 0..{vocab_size - 1}"
-        )

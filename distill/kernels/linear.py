@@ -22,7 +22,7 @@ def chunked_divergence(
     labels_N: Tensor,
     chunk_rows: int,
 ) -> Divergence:
-    """Sum of `divergence(student logits, teacher logits, labels)` over chunks; both pairs are (hidden_ND, head)."""
+    """Sum of `divergence(student, teacher, labels)` over chunks. A pair is (hidden_ND, head)."""
     hidden_ND, head = student
 
     def one_chunk(start: int, stop: int) -> Divergence:

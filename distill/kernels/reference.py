@@ -20,7 +20,8 @@ def reference_divergence(
     kl_N, soft_ce_N = _soft_terms(student, teacher_NV, counted_N, terms)
     hard_N = _hard_term(student, labels_N, terms)
     kl, hard = _sum(kl_N, counted_N), _sum(hard_N, counted_N)
-    loss = terms.kl_weight * terms.kl_scale * kl + terms.hard_weight * hard
+    parts = ((terms.kl_weight * terms.kl_scale, kl), (terms.hard_weight, hard))
+    loss = sum((weight * part for weight, part in parts if weight), torch.zeros_like(kl))
     return Divergence(
         loss.to(student.dtype),
         kl.detach().to(student.dtype),
@@ -45,7 +46,8 @@ def _soft_terms(
         zero = student.new_zeros(student.shape[0])
         return zero, zero
     teacher = _real_columns(teacher_NV.detach(), counted_N, terms).to(student.dtype)
-    log_p = torch.log_softmax(student / terms.student_temperature, dim=-1)
+    logits = student if terms.kl_weight else student.detach()
+    log_p = torch.log_softmax(logits / terms.student_temperature, dim=-1)
     if terms.teacher_temperature == 0:
         soft_ce_N = -log_p.gather(1, teacher.argmax(-1, keepdim=True)).squeeze(1)
         return soft_ce_N, soft_ce_N

@@ -56,7 +56,7 @@ def resolve_terms(
     if temperature_on not in ("teacher", "both"):
         raise ValueError(f"temperature_on must be 'teacher' or 'both', got {temperature_on!r}")
     if temperature < ARGMAX_BELOW:
-        # The student keeps temperature 1 and the factor 1: with the literal values its gradient would be 1e4 or 1e-8.
+        # The student keeps temperature 1 and the factor 1: literally, its gradient would be 1e4 or 1e-8.
         return Terms(kl_weight, hard_weight, 0.0, 1.0, 1.0, vocab_size)
     student_temperature = temperature if temperature_on == "both" else 1.0
     kl_scale = temperature**2 if temperature_squared else 1.0

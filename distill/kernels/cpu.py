@@ -1,0 +1,100 @@
+"""The C++ operator of csrc: loads the library and gives it shapes for tracing and a backward.
+
+The gradient with respect to the student's logits is made together with the loss, while a row is in the cache;
+backward only scales it. Neither pair of logits is kept for backward.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.kernels.terms import Divergence, Terms
+
+LIBRARY = Path(__file__).with_name("libdistill.so")
+SWITCH = "DISTILL_CSRC"  # set to 0, the library is not loaded
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _load() -> str:
+    """Loads the library. Returns why it could not, or an empty string."""
+    if os.environ.get(SWITCH) == "0":
+        return f"switched off by {SWITCH}=0"
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} is not there; with a C++ compiler: python setup.py build_ext --inplace"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"{LIBRARY.name} does not load ({error}): build it again with the torch in use"
+    return ""
+
+
+_load_problem = _load()  # on import, so that torch.compile never meets it; takes a few ms
+
+
+def problem_with(student_NV: Tensor, teacher_NV: Tensor | None) -> str:
+    """Why the operator can not serve these logits, or an empty string."""
+    if _load_problem:
+        return _load_problem
+    for logits in (student_NV, teacher_NV):
+        if logits is None:
+            continue
+        if logits.device.type != "cpu":
+            return f"logits are on {logits.device.type}"
+        if logits.dtype not in DTYPES:
+            return f"logits are {logits.dtype}, the operator takes float32 and bfloat16"
+    return ""
+
+
+def cpu_divergence(
+    student_NV: Tensor, teacher_NV: Tensor | None, labels_N: Tensor | None, terms: Terms
+) -> Divergence:
+    """Same arguments and result as `distill.kernels.divergence`, already checked."""
+    loss, sums, counts, _ = torch.ops.distill.divergence(
+        student_NV,
+        None if teacher_NV is None else teacher_NV.detach(),
+        labels_N,
+        terms.kl_weight * terms.kl_scale,
+        terms.hard_weight,
+        terms.teacher_temperature,
+        terms.student_temperature,
+        terms.vocab_size,
+        student_NV.requires_grad and torch.is_grad_enabled(),
+    )
+    kl, soft_ce, hard = sums.detach().unbind()
+    num_correct, num_rows = counts.unbind()
+    return Divergence(loss, kl, soft_ce, hard, num_correct, num_rows)
+
+
+def _fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, want_grad = arguments
+    num_rows, width = student.shape
+    return (
+        student.new_empty((), dtype=torch.float32),
+        student.new_empty(3, dtype=torch.float32),
+        student.new_empty(2, dtype=torch.int64),
+        student.new_empty((num_rows if want_grad else 0, width)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(
+        False
+    )  # or autograd would fill a tensor [N, V] with zeros for the unused output
+    ctx.num_inputs = len(inputs)
+    ctx.save_for_backward(output[3])
+
+
+def _backward(ctx: Any, loss_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    (grad_NV,) = ctx.saved_tensors
+    scaled = None if loss_grad is None else grad_NV * loss_grad
+    return (scaled,) + (None,) * (ctx.num_inputs - 1)
+
+
+if not _load_problem:
+    torch.library.register_fake("distill::divergence", _fake)
+    torch.library.register_autograd("distill::divergence", _backward, setup_context=_setup_context)
