@@ -1,0 +1,95 @@
+"""The `distill` command: parses its arguments and calls one function."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from distill.config import help_text, load_config
+from distill.signals import catch_stop_signals
+
+TRAIN_HELP = """keys (defaults < YAML files < key=value):
+{keys}
+
+A ramp is a number or a list of [share of the budget, value]. Exit codes: 0 done, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1
+(saved; the same command goes on).
+
+example: distill train configs/student.yaml run_dir=runs/student teacher.trajectory=runs/teacher/trajectory schedule.kind=two_shot"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="distill", description="Pre-train a small language model from a teacher's trajectory.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    raw = argparse.RawDescriptionHelpFormatter
+
+    train = commands.add_parser("train", help="train a teacher or a student", formatter_class=raw, epilog=TRAIN_HELP.format(keys=help_text()))
+    train.add_argument("settings", nargs="*", metavar="FILE.yaml | key=value", help="YAML files and assignments, later ones win")
+    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it; the environment says it too
+
+    export = commands.add_parser("export", help="write a run's newest weights as a Hugging Face folder")
+    export.add_argument("run_dir", type=Path, help="folder of the run")
+    export.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+
+    evaluate = commands.add_parser("eval", help="validation loss (nats a token), top-1 and perplexity of a Hugging Face folder")
+    evaluate.add_argument("model", type=Path, help="folder of the model, e.g. runs/student/model")
+    evaluate.add_argument("settings", nargs="*", metavar="key=value", help="at least data.shards=FOLDER; see `distill train --help`")
+
+    trajectory = commands.add_parser("trajectory", help="a teacher's checkpoints as one object")
+    actions = trajectory.add_subparsers(dest="action", required=True)
+    index = actions.add_parser("index", help="write the manifest of a folder of checkpoints (step_N, stepN, checkpoint-N, ...)")
+    index.add_argument("folder", type=Path)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Call the one function behind the command. Imports are here because torch takes seconds and --help should not."""
+    if arguments.command == "train":
+        files = [s for s in arguments.settings if "=" not in s]
+        config = load_config(files, [s for s in arguments.settings if "=" in s])
+        from distill.train import train
+
+        report(train(config))
+    elif arguments.command == "export":
+        from distill.export import export_run
+
+        print(export_run(arguments.run_dir, arguments.out))
+    elif arguments.command == "eval":
+        from distill.export import evaluate_folder
+
+        report(evaluate_folder(arguments.model, load_config([], ["run_dir=.", *arguments.settings])))
+    elif arguments.command == "trajectory":
+        from distill.trajectory.manifest import index_folder
+
+        manifest = index_folder(arguments.folder)
+        print(f"{manifest.family}: {len(manifest.checkpoints)} checkpoints, steps {list(manifest.checkpoints)}")
+
+
+def report(result: dict[str, object]) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(result))
+
+
+def main() -> int:
+    """Entry point of `distill`; returns the exit code."""
+    catch_stop_signals()
+    arguments = build_parser().parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        run(arguments)
+    except ValueError as error:  # all that a user can mend is a ValueError with a sentence
+        print(f"distill: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if type(error).__name__ != "Stopped":  # distill.train is not imported for the other commands
+            raise
+        print(f"distill: {error}", file=sys.stderr)
+        return 128 + int(getattr(error, "signal_number", 0))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

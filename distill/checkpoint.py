@@ -1,0 +1,103 @@
+"""Everything that decides the next step, saved as one unit; the trajectory a teacher run leaves; export of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from distill.distributed import World, barrier
+from distill.engine import Engine
+from distill.files import publish_folder, write_text
+from distill.trajectory.manifest import Manifest, describe
+
+log = logging.getLogger(__name__)
+STATE = "state.json"  # written last inside a checkpoint: a folder without it is no checkpoint
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: with the weights, the optimizer and the config this decides all that follows.
+
+    The teacher, its temperature, the learning rate, the sample order and the masks are functions of `consumed`.
+    window: sums since the last metrics row, so that a resumed run writes the same rows.
+    """
+
+    step: int = 0
+    consumed: int = 0
+    tokens: float = 0.0
+    window: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def save(folder: Path, engine: Engine, state: TrainState, world: World, keep: int) -> None:
+    """Save a resumable checkpoint of the run in `folder`, then drop all but the newest `keep`. Collective."""
+    final = folder / "checkpoints" / f"step_{state.step:08d}"
+    if final.exists():
+        return
+    temporary = final.with_suffix(".tmp")
+    engine.save(temporary)
+    barrier(world)
+    if world.is_main:
+        write_text(temporary / STATE, json.dumps({**dataclasses.asdict(state), "world_size": world.size}))
+        publish_folder(temporary, final)
+        for old in saved_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    barrier(world)
+
+
+def saved_checkpoints(folder: Path) -> list[Path]:
+    """Complete resumable checkpoints of a run, oldest first."""
+    return sorted(p.parent for p in (folder / "checkpoints").glob(f"step_????????/{STATE}"))
+
+
+def resume(folder: Path, engine: Engine, world: World) -> TrainState:
+    """Bring `engine` to the newest checkpoint of the run and return where that stood; a fresh state if there is none. Collective.
+
+    Raises:
+        ValueError: the checkpoint was written by another number of ranks.
+    """
+    if world.is_main:
+        for half_written in (folder / "checkpoints").glob("*.tmp"):
+            log.warning("removing %s, which was cut off while it was written", half_written)
+            shutil.rmtree(half_written)
+    barrier(world)
+    found = saved_checkpoints(folder)
+    if not found:
+        return TrainState()
+    content = json.loads((found[-1] / STATE).read_text(encoding="utf-8"))
+    if (ranks := content.pop("world_size")) != world.size:
+        raise ValueError(f"{found[-1]} was written by {ranks} ranks, this run has {world.size}: start it with {ranks}")
+    engine.load(found[-1])
+    return TrainState(**content)
+
+
+# ------------------------------------------------------------------------------------------------ trajectory
+
+
+def save_to_trajectory(manifest: Manifest, model: PreTrainedModel, tokenizer: Path, state: TrainState, loss: float, world: World) -> None:
+    """Add the model as it is now to the run's trajectory: a Hugging Face folder first, then its line in the manifest."""
+    if world.is_main:
+        final = manifest.root / f"step_{state.step:08d}"
+        if final.exists():  # a resumed run comes here again, with the same weights
+            shutil.rmtree(final)
+        export(model, tokenizer, final)
+        manifest.add(describe(manifest.root, state.step, final, int(state.tokens), loss))
+    barrier(world)
+
+
+def export(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
+    """A folder that `AutoModel*.from_pretrained` and `AutoTokenizer.from_pretrained` open; it appears whole or not at all."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary)
+    for path in tokenizer.iterdir():
+        if path.is_file() and path.name != "config.json":
+            shutil.copy(path, temporary / path.name)
+    publish_folder(temporary, folder)

@@ -1,0 +1,216 @@
+"""Samples in an order that is a pure function of (seed, epoch, index), masked by (seed, epoch, sample): ranks, workers and resume change nothing.
+
+The only state is the number of consumed samples. Order: an epoch permutes blocks of neighbouring samples, then the samples inside windows of
+many blocks, so reads stay local while batches mix; both permutations are Feistel networks, computed where they are needed and never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_prep.shards import ShardReader, TokenizerInfo
+from distill.config import DataConfig
+from distill.models import Inputs
+
+BLOCK = 256  # neighbouring samples that stay together on disk, hence in one read
+IGNORE = -100  # label of a position that is not counted
+UInt64s = npt.NDArray[np.uint64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass
+class Batch:
+    """One micro-batch. rows_N: int64 indices into the flattened [B*L] positions that count; labels_N: their int64 labels."""
+
+    inputs: Inputs
+    rows_N: Tensor
+    labels_N: Tensor
+    num_tokens: int  # without padding
+    sample_ids: Ints
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        if device.type == "cpu":
+            return self
+        inputs = Inputs(*(None if t is None else t.to(device, non_blocking=True) for t in self.inputs))
+        rows_N, labels_N = (t.to(device, non_blocking=True) for t in (self.rows_N, self.labels_N))
+        return Batch(inputs, rows_N, labels_N, self.num_tokens, self.sample_ids)
+
+
+# ------------------------------------------------------------------------------------------------ order
+
+
+def mix(x: UInt64s) -> UInt64s:
+    """splitmix64's finaliser (Steele et al., OOPSLA 2014): a bijection of 64-bit words that passes statistical batteries."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def key_of(*parts: int) -> np.uint64:
+    """One 64-bit key of several integers, their order counting."""
+    key = np.zeros(1, np.uint64)
+    for part in parts:
+        key = mix(key + np.uint64(part % 2**64) + np.uint64(0x9E3779B97F4A7C15))
+    return np.uint64(key[0])
+
+
+def permute(index: Ints, size: int, key: np.uint64) -> Ints:
+    """A pseudo-random permutation of range(size), evaluated at `index` (any shape): a 4-round Feistel network with cycle walking."""
+    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    round_keys = mix(np.full(4, key) + np.arange(4, dtype=np.uint64))
+    x = index.astype(np.uint64)
+    outside = np.ones(x.shape, bool)
+    while outside.any():  # the network permutes [0, 4^half); walk until back inside [0, size)
+        left, right = x[outside] >> half, x[outside] & low
+        for i in range(4):
+            left, right = right, left ^ (mix(right ^ round_keys[i]) & low)
+        x[outside] = (left << half) | right
+        outside = x >= np.uint64(size)
+    return x.astype(np.int64)
+
+
+def sample_ids(positions: Ints, num_samples: int, window: int, seed: int) -> tuple[Ints, Ints]:
+    """(epoch, sample id) of each position in the endless stream of samples. Every epoch visits every sample once."""
+    epochs, index = positions // num_samples, positions % num_samples
+    ids = np.empty_like(index)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        ids[here] = _shuffle(index[here], num_samples, window, seed, int(epoch))
+    return epochs, ids
+
+
+def _shuffle(index: Ints, num_samples: int, window: int, seed: int, epoch: int) -> Ints:
+    if window == 1:
+        return index
+    start = index - index % window
+    sizes = np.minimum(window, num_samples - start)
+    for first in np.unique(start):  # a batch touches one or two windows
+        here = start == first
+        index[here] = first + permute(index[here] - first, int(sizes[here][0]), key_of(seed, epoch, 1, int(first)))
+    num_blocks = num_samples // BLOCK  # the samples after the last whole block stay in the last window
+    whole = index < num_blocks * BLOCK
+    block = permute(index[whole] // BLOCK, max(num_blocks, 1), key_of(seed, epoch, 2))
+    index[whole] = block * BLOCK + index[whole] % BLOCK
+    return index
+
+
+# ------------------------------------------------------------------------------------------------ questions
+
+
+def mask_tokens(tokens_BL: Ints, epochs_B: Ints, ids_B: Ints, config: DataConfig, tokenizer: TokenizerInfo, seed: int) -> tuple[Ints, Ints]:
+    """(masked tokens_BL, labels_BL) for masked language modelling (Devlin et al. 2019, section 3.1), by (seed, epoch, sample, position).
+
+    Special tokens are never predicted. Of the predicted ones mask_token_share become <mask>, random_token_share a random token, the rest stay.
+    """
+    keys_B = np.array([key_of(seed, 3, int(e), int(i)) for e, i in zip(epochs_B, ids_B)], np.uint64)
+    words = mix(keys_B[:, None, None] + np.arange(3 * tokens_BL.shape[1], dtype=np.uint64).reshape(3, -1) * np.uint64(0x9E3779B97F4A7C15))
+    choose, replace, fresh = (words[:, i] for i in range(3))
+    uniform = np.float64(2.0**-64)
+    specials = [tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id]
+    predicted = (choose * uniform < config.mask_rate) & ~np.isin(tokens_BL, [s for s in specials if s is not None])
+    labels_BL = np.where(predicted, tokens_BL, IGNORE)
+    how = replace * uniform
+    masked = predicted & (how < config.mask_token_share)
+    random = predicted & ~masked & (how < config.mask_token_share + config.random_token_share)
+    out_BL = np.where(masked, tokenizer.mask_id, tokens_BL)
+    return np.where(random, (fresh % np.uint64(tokenizer.vocab_size)).astype(np.int64), out_BL), labels_BL
+
+
+def next_tokens(tokens_BL: Ints, tokenizer: TokenizerInfo, isolate_documents: bool) -> Ints:
+    """labels_BL for causal language modelling: the following token; none after the end, before padding or, if isolated, across documents."""
+    labels_BL = np.full_like(tokens_BL, IGNORE)
+    labels_BL[:, :-1] = tokens_BL[:, 1:]
+    labels_BL[labels_BL == tokenizer.pad_id] = IGNORE
+    if isolate_documents:
+        labels_BL[tokens_BL == tokenizer.eos_id] = IGNORE
+    return labels_BL
+
+
+def attention(tokens_BL: Ints, tokenizer: TokenizerInfo, causal: bool, isolate_documents: bool) -> tuple[Tensor | None, Tensor | None]:
+    """(attention mask [B, 1, L, L] bool, True where a query sees a key; position ids [B, L]), or None where the model's own default serves."""
+    is_pad = tokens_BL == tokenizer.pad_id
+    if not isolate_documents and not is_pad.any():
+        return None, None
+    ends = tokens_BL == tokenizer.eos_id
+    documents_BL = np.cumsum(ends, axis=1) - ends if isolate_documents else np.zeros_like(tokens_BL)
+    documents_BL = np.where(is_pad, -1, documents_BL)  # padding sees padding: a query that sees nothing would give NaN
+    sees = documents_BL[:, :, None] == documents_BL[:, None, :]
+    if causal:
+        sees &= np.tri(tokens_BL.shape[1], dtype=bool)
+    positions = None
+    if isolate_documents:
+        index = np.broadcast_to(np.arange(tokens_BL.shape[1]), tokens_BL.shape)
+        starts = np.maximum.accumulate(np.where(np.diff(documents_BL, axis=1, prepend=documents_BL[:, :1]) != 0, index, 0), axis=1)
+        positions = torch.from_numpy(index - starts)
+    return torch.from_numpy(sees[:, None]), positions
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class Samples(Dataset[Batch]):
+    """Micro-batches by their positions in the stream of samples."""
+
+    def __init__(self, config: DataConfig, split: str, seed: int, shuffle: bool) -> None:
+        self.config, self.seed = config, seed
+        self.reader = ShardReader(Path(config.shards), split)
+        self.window = config.shuffle_window if shuffle else 1
+        self.tokenizer = self.reader.index.tokenizer
+        self.sequence_length = self.reader.index.sequence_length
+        if config.task == "mlm" and self.tokenizer.mask_id is None:
+            raise ValueError(f"{config.shards}: its tokenizer has no mask token; task mlm needs one (or use data.task=clm)")
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, positions: Ints) -> Batch:
+        epochs_B, ids_B = sample_ids(positions, len(self), self.window, self.seed)
+        tokens_BL = np.stack([self.reader[int(i)] for i in ids_B]).astype(np.int64)
+        causal = self.config.task == "clm"
+        if causal:
+            inputs_BL, labels_BL = tokens_BL, next_tokens(tokens_BL, self.tokenizer, self.config.isolate_documents)
+        else:
+            inputs_BL, labels_BL = mask_tokens(tokens_BL, epochs_B, ids_B, self.config, self.tokenizer, self.seed)
+        mask, position_ids_BL = attention(tokens_BL, self.tokenizer, causal, self.config.isolate_documents)
+        labels = torch.from_numpy(labels_BL).flatten()
+        rows_N = (labels != IGNORE).nonzero().squeeze(1)
+        num_tokens = int((tokens_BL != self.tokenizer.pad_id).sum())
+        return Batch(Inputs(torch.from_numpy(inputs_BL), mask, position_ids_BL), rows_N, labels[rows_N], num_tokens, ids_B)
+
+
+def micro_batch_positions(consumed: int, batch_size: int, micro: int, rank: int, world_size: int) -> Iterator[Ints]:
+    """Positions of this rank's micro-batches from `consumed` samples on, without end; rank r has the r-th share of every batch."""
+    share = batch_size // world_size
+    while True:
+        first = consumed + rank * share
+        for start in range(first, first + share, micro):
+            yield np.arange(start, min(start + micro, first + share))
+        consumed += batch_size
+
+
+def train_batches(samples: Samples, consumed: int, batch_size: int, micro: int, rank: int, world_size: int) -> Iterator[Batch]:
+    """This rank's endless micro-batches after `consumed` samples of the run."""
+    sampler = micro_batch_positions(consumed, batch_size, micro, rank, world_size)
+    return iter(_loader(samples, sampler))
+
+
+def validation_batches(samples: Samples, limit: int, micro: int, rank: int, world_size: int) -> Iterator[Batch]:
+    """This rank's part of the first `limit` validation samples, the same samples and masks at every validation."""
+    first, last = (min(limit, len(samples)) * r // world_size for r in (rank, rank + 1))
+    return iter(_loader(samples, (np.arange(s, min(s + micro, last)) for s in range(first, last, micro))))
+
+
+def _loader(samples: Samples, positions: Iterator[Ints]) -> DataLoader[Batch]:
+    workers = samples.config.num_workers
+    pin = torch.cuda.is_available()
+    return DataLoader(samples, batch_size=None, sampler=positions, num_workers=workers, pin_memory=pin)  # type: ignore[arg-type]

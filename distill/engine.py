@@ -1,0 +1,115 @@
+"""The student under DeepSpeed ZeRO: one engine on CPU and GPU, alone and on many nodes. The only importer of deepspeed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distill.config import Config
+from distill.distributed import World
+from distill.kernels import Divergence
+from distill.models import Inputs, Rows, counted_rows
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.ops
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+# DeepSpeed would compile this C++ op at every first start (half a minute); only its inference code calls it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+TAG = "engine"
+
+
+class Student(nn.Module):
+    """The student as the engine sees it: a micro-batch and the teacher's rows in, the objective's sums out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Inputs, rows_N: Tensor, labels_N: Tensor, teacher: Rows | None, objective: Any) -> Divergence:
+        return objective(counted_rows(self.model, inputs, rows_N), teacher, labels_N)
+
+
+class Engine:
+    """Forward, backward, clip and step of one student, `accumulation` micro-batches a step."""
+
+    def __init__(self, model: PreTrainedModel, config: Config, world: World, accumulation: int) -> None:
+        self.world, self.accumulation = world, accumulation
+        groups = _parameter_groups(model, config.optim.weight_decay)
+        optim = config.optim
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+        settings = deepspeed_settings(config, world, accumulation)
+        self._engine, *_ = deepspeed.initialize(model=Student(model), optimizer=optimizer, config=settings)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The student's weights as they are now, in the dtype of training."""
+        return self._engine.module.model  # type: ignore[no-any-return]
+
+    def forward(self, inputs: Inputs, rows_N: Tensor, labels_N: Tensor, teacher: Rows | None, objective: Any) -> Divergence:
+        """Sums of the objective over the rows of one micro-batch."""
+        return self._engine(inputs, rows_N, labels_N, teacher, objective)  # type: ignore[no-any-return]
+
+    def backward(self, loss_sum: Tensor, global_count: float) -> None:
+        """Gradients of loss_sum / global_count, summed over micro-batches and ranks.
+
+        DeepSpeed averages gradients over ranks, so the sum is scaled up by their number; it must not divide by accumulation too.
+        """
+        self._engine.backward(loss_sum * (self.world.size / global_count), scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the micro-step, changes no weight
+
+    def step(self, lr: float) -> float | Tensor:
+        """Clip, update the weights with learning rate `lr`, forget the gradients. Returns the norm of the gradient before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm: float | Tensor | None = self._engine.get_global_grad_norm()
+        return 0.0 if norm is None else norm
+
+    def save(self, folder: Path) -> None:
+        """Weights and optimizer state of all ranks into `folder`. Collective."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """What `save` left, at the same number of ranks. Collective."""
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+        if loaded is None:
+            raise ValueError(f"{folder} holds no engine state: remove that folder to go on from an earlier checkpoint")
+
+
+def deepspeed_settings(config: Config, world: World, accumulation: int) -> dict[str, Any]:
+    """The few DeepSpeed knobs that are ours, as its config dictionary."""
+    return {
+        "train_batch_size": config.batch_size,
+        "train_micro_batch_size_per_gpu": config.batch_size // world.size // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip,
+        "bf16": {"enabled": config.engine.dtype == "bf16"},
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+    }
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def saved_weights(folder: Path) -> dict[str, Tensor]:
+    """fp32 weights of the model from what `Engine.save` left, by name, without starting an engine."""
+    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}

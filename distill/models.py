@@ -1,0 +1,148 @@
+"""Hugging Face models as trunk and head, so that only the rows that count meet the vocabulary; parameter and FLOP counts."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+
+AUTO = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
+ARCHITECTURES = {"mlm": ("bert",), "clm": ("gpt2", "gpt_neox", "llama")}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# From last hidden state to logits, by model type; models not named here have a plain linear output layer.
+HEADS: dict[str, Callable[[Any], nn.Module]] = {"bert": lambda model: model.cls}
+
+# No dropout: pre-training at less than one epoch doesn't overfit, and the teacher's and the student's masks then agree on what is hidden.
+NO_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attention_dropout")  # fmt: skip
+
+
+class Rows(NamedTuple):
+    """The rows that count, before the head: hidden_ND (N rows, width D) and the head that makes logits_NV of them."""
+
+    hidden_ND: Tensor
+    head: Callable[[Tensor], Tensor]
+
+
+class Inputs(NamedTuple):
+    """What a model reads: token ids [B, L] int64, attention_mask None or [B, 1, L, L] bool, position_ids None or [B, L] int64."""
+
+    input_ids_BL: Tensor
+    attention_mask: Tensor | None
+    position_ids_BL: Tensor | None
+
+
+def build_model(
+    task: str, architecture: str, overrides: dict[str, Any], *, vocab_size: int, sequence_length: int, special_ids: dict[str, int], seed: int
+) -> PreTrainedModel:
+    """A randomly initialised fp32 model of a `transformers` architecture; the weights are a function of `seed` alone.
+
+    Raises:
+        ValueError: unknown architecture or config key (with the nearest), too few positions for `sequence_length`.
+    """
+    known = ARCHITECTURES[task]
+    if architecture not in known:
+        raise ValueError(f"model.architecture={architecture!r} does not serve task {task}; supported: {', '.join(known)}")
+    defaults = AutoConfig.for_model(architecture)
+    for key in overrides:
+        if key not in defaults.to_dict() and key not in defaults.attribute_map:
+            close = difflib.get_close_matches(key, list(defaults.to_dict()), n=1)
+            raise ValueError(f"model.overrides.{key} is no key of {type(defaults).__name__}" + (f"; did you mean {close[0]}?" if close else ""))
+    no_dropout = {key: 0.0 for key in NO_DROPOUT if hasattr(defaults, key)}
+    config = AutoConfig.for_model(
+        architecture, **{**no_dropout, "vocab_size": vocab_size, **special_ids, **overrides}, attn_implementation="sdpa"
+    )
+    _check_positions(config, sequence_length, f"model.overrides.{defaults.attribute_map.get('max_position_embeddings', 'max_position_embeddings')}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AUTO[task].from_config(config, dtype=torch.float32)
+    return typing.cast(PreTrainedModel, model)
+
+
+def load_model(task: str, folder: Path, dtype: torch.dtype, sequence_length: int) -> PreTrainedModel:
+    """A model from a Hugging Face folder (safetensors, no remote code).
+
+    Raises:
+        ValueError: the folder's model can't do `task`, lacks weights, or has too few positions.
+    """
+    try:
+        loaded = AUTO[task].from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} can't be loaded as a {task} model: {error}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{folder} lacks the weights {missing[:5]}: is it a {task} model?")
+    _check_positions(model.config, sequence_length, f"{folder}/config.json max_position_embeddings")
+    return typing.cast(PreTrainedModel, model)
+
+
+def _check_positions(config: PretrainedConfig, sequence_length: int, key: str) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < sequence_length:
+        raise ValueError(f"{key} is {positions}, but the shards hold sequences of {sequence_length} tokens")
+
+
+def head_of(model: PreTrainedModel) -> nn.Module:
+    """The module that makes logits of the trunk's last hidden state."""
+    find = HEADS.get(model.config.model_type)
+    return find(model) if find else typing.cast(nn.Module, model.get_output_embeddings())
+
+
+def counted_rows(model: PreTrainedModel, inputs: Inputs, rows_N: Tensor) -> Rows:
+    """Trunk over the whole batch, then only the rows that count: rows_N int64 indices into the flattened [B*L] positions."""
+    output = model.base_model(
+        input_ids=inputs.input_ids_BL, attention_mask=inputs.attention_mask, position_ids=inputs.position_ids_BL
+    )
+    return Rows(output.last_hidden_state.flatten(0, 1)[rows_N], head_of(model))
+
+
+def check_split(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not head(trunk(x)), e.g. one that scales or caps them afterwards.
+
+    Raises:
+        ValueError: the two differ on a probe input.
+    """
+    ids_BL = torch.arange(8, device=model.device).remainder(model.config.vocab_size).unsqueeze(0)
+    with torch.no_grad():
+        rows = counted_rows(model, Inputs(ids_BL, None, None), torch.arange(8, device=model.device))
+        whole, split = model(input_ids=ids_BL).logits[0], rows.head(rows.hidden_ND)
+    if not torch.allclose(whole, split, rtol=1e-2, atol=1e-2):
+        raise ValueError(f"{model.config.model_type}: the logits are not head(trunk(x)); this architecture is not supported")
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops_per_step(model: PreTrainedModel, num_tokens: int, num_rows: float, length: int, backward: bool) -> float:
+    """Floating-point operations of one forward (and backward, twice the forward) over `num_tokens`, with `num_rows` rows in the head.
+
+    Two per multiply-add of every weight matrix that a token meets, plus attention's 4*length*width per token and layer
+    (Kaplan et al. 2020, table 1, without halving for causality). Embedding look-ups are free.
+    """
+    head = head_of(model)
+    in_head = {id(p) for p in head.parameters()}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    trunk = sum(p.numel() for p in model.base_model.parameters() if p.dim() == 2 and id(p) not in embeddings | in_head)
+    heads = sum(p.numel() for p in head.parameters() if p.dim() == 2)
+    attention = 2 * length * model.config.num_hidden_layers * model.config.hidden_size
+    forward = 2.0 * (num_tokens * (trunk + attention) + num_rows * heads)
+    return forward * (3 if backward else 1)
+
+
+def quiet_transformers() -> None:
+    """Keep `transformers` from printing progress bars and advice into a training log."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)

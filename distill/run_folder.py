@@ -1,0 +1,96 @@
+"""The folder of a run: claimed by one process group at a time, bound to one config, and marked when the run is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill.config import Config, fields_of, to_yaml
+from distill.files import write_text
+
+CONFIG, RESULT, LOCK = "config.yaml", "result.json", "run.lock"
+
+# Settings of layout, speed and logging, which may change when a run goes on; all others decide what is learned.
+MAY_CHANGE = ("run_dir", "micro_batch_size", "data.shards", "data.num_workers", "teacher.trajectory", "objective.chunk_rows", "objective.kernel",
+              "save.every", "save.keep", "log.every", "log.eval_every")  # fmt: skip
+
+
+class RunFolderError(ValueError):
+    """The folder is in use, or belongs to another run."""
+
+
+@contextmanager
+def claim(config: Config, is_main: bool) -> Iterator[Path]:
+    """Hold `config.run_dir` for this run; the main rank locks it and stores the resolved config.
+
+    Raises:
+        RunFolderError: another process holds it, or it was started with other settings (each is named).
+    """
+    folder = Path(config.run_dir)
+    if not is_main:
+        yield folder
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise RunFolderError(f"run_dir {folder} can't be written: {error}") from error
+    with lock:
+        _lock(lock, folder)
+        stored = folder / CONFIG
+        if stored.exists():
+            _refuse_other_settings(folder, yaml.safe_load(stored.read_text(encoding="utf-8")), config)
+        else:
+            write_text(stored, to_yaml(config))
+        yield folder
+
+
+def _lock(lock: Any, folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise RunFolderError(f"{folder} is in use by {lock.read().strip() or 'another run'}: wait for it or choose another run_dir") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+
+
+def _refuse_other_settings(folder: Path, stored: dict[str, Any], config: Config) -> None:
+    now = {key: value for key, _, value in fields_of(config)}
+    before = _flatten(stored)
+    differences = [
+        f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in now if key not in MAY_CHANGE and before.get(key, now[key]) != now[key]
+    ]
+    if differences:
+        raise RunFolderError(
+            f"{folder} was started with other settings; choose another run_dir or go back to\n  " + "\n  ".join(differences)
+        )
+
+
+def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    groups = {f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(Config(), f.name))}
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flatten(value, f"{key}.") if not prefix and key in groups else {prefix + key: value}
+    return flat
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What a finished run found, or None while it is not finished."""
+    path = folder / RESULT
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Mark the run as finished."""
+    write_text(folder / RESULT, json.dumps(result, indent=1))

@@ -1,0 +1,139 @@
+"""manifest.json: the one description of a trajectory, written checkpoint by checkpoint, checked before anything is taught from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import sha256_of
+from distill.files import write_text
+from distill.trajectory.families import find_checkpoints
+
+SCHEMA = 1
+NAME = "manifest.json"
+
+
+class BadTrajectory(ValueError):
+    """A checkpoint or manifest from which nobody should learn."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint: folder relative to the manifest, files {name: [bytes, sha256]}, tokens seen, validation loss (nats a token)."""
+
+    step: int
+    folder: str
+    files: dict[str, list[Any]]
+    tokens: int | None = None
+    validation_loss: float | None = None
+
+
+@dataclass
+class Manifest:
+    """A trajectory. tokenizer_sha256 is None where the source doesn't tell; vocab_size counts the logits' columns."""
+
+    root: Path
+    family: str
+    architecture: str
+    vocab_size: int
+    tokenizer_sha256: str | None = None
+    complete: bool = False
+    checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {s: c.validation_loss for s, c in self.checkpoints.items() if c.validation_loss is not None}
+
+    def add(self, checkpoint: Checkpoint) -> None:
+        """Record a checkpoint whose files are in place, and write the manifest."""
+        self.checkpoints[checkpoint.step] = checkpoint
+        self.checkpoints = dict(sorted(self.checkpoints.items()))
+        self.write()
+
+    def write(self) -> None:
+        content = {**dataclasses.asdict(self), "schema": SCHEMA, "checkpoints": [dataclasses.asdict(c) for c in self.checkpoints.values()]}
+        del content["root"]
+        write_text(self.root / NAME, json.dumps(content, indent=1))
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check `folder`/manifest.json.
+
+    Raises:
+        BadTrajectory: no or unreadable manifest, another schema, or the same weights under two steps.
+    """
+    path = folder / NAME
+    if not path.exists():
+        raise BadTrajectory(f"{path} does not exist: for a folder of checkpoints run `distill trajectory index {folder}` first")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("schema") != SCHEMA:
+            raise BadTrajectory(f"{path} has another schema than {SCHEMA}: index the trajectory again")
+        checkpoints = {c["step"]: Checkpoint(**c) for c in content.pop("checkpoints")}
+        manifest = Manifest(root=folder, **content, checkpoints=checkpoints)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise BadTrajectory(f"{path} is no manifest ({error!r}): run `distill trajectory index {folder}` again") from error
+    _refuse_duplicates(manifest)
+    return manifest
+
+
+def _refuse_duplicates(manifest: Manifest) -> None:
+    seen: dict[tuple[str, ...], int] = {}
+    for step, checkpoint in manifest.checkpoints.items():
+        weights = tuple(sha for name, (_, sha) in sorted(checkpoint.files.items()) if name.endswith(".safetensors"))
+        if weights in seen:
+            raise BadTrajectory(
+                f"{manifest.root}: steps {seen[weights]} and {step} hold identical weights; one of them is mislabelled. "
+                f"Remove the wrong folder and run `distill trajectory index` again"
+            )
+        seen[weights] = step
+
+
+def verify(manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """Check every file of a checkpoint against the manifest, by size and sha256.
+
+    Raises:
+        BadTrajectory: naming the step, the file, what was found and what to do.
+    """
+    for name, (size, sha) in checkpoint.files.items():
+        path = manifest.root / checkpoint.folder / name
+        found_size = path.stat().st_size if path.exists() else None
+        if found_size != size:
+            found = "is missing" if found_size is None else f"has {found_size} bytes"
+            raise BadTrajectory(f"teacher step {checkpoint.step}: {path} {found}, the manifest says {size} bytes: fetch it again")
+        if (found_sha := sha256_of(path)) != sha:
+            raise BadTrajectory(f"teacher step {checkpoint.step}: {path} has sha256 {found_sha[:12]}, the manifest says {sha[:12]}: fetch it again")
+
+
+def describe(root: Path, step: int, folder: Path, tokens: int | None = None, loss: float | None = None) -> Checkpoint:
+    """A checkpoint's entry, from the files that lie in its folder.
+
+    Raises:
+        BadTrajectory: no safetensors or no config.json.
+    """
+    files = {p.name: [p.stat().st_size, sha256_of(p)] for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json")}
+    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+        raise BadTrajectory(f"{folder} needs config.json and *.safetensors, got {sorted(files)}")
+    return Checkpoint(step, str(folder.relative_to(root)), files, tokens, loss)
+
+
+def index_folder(folder: Path) -> Manifest:
+    """Write the manifest of a folder of Hugging Face checkpoints, one sub-folder a step (names: see families.py).
+
+    Raises:
+        BadTrajectory, ValueError: nothing recognised, mixed architectures or vocabularies, identical weights.
+    """
+    family, found = find_checkpoints(folder)
+    checkpoints = {step: describe(folder, step, path) for step, path in sorted(found.items())}
+    configs = {step: json.loads((path / "config.json").read_text(encoding="utf-8")) for step, path in found.items()}
+    kinds = {(c.get("model_type", "?"), c.get("vocab_size", 0)) for c in configs.values()}
+    if len(kinds) != 1:
+        raise BadTrajectory(f"{folder}: the checkpoints are of several kinds (architecture, vocabulary): {sorted(kinds)}")
+    architecture, vocab_size = kinds.pop()
+    manifest = Manifest(folder, family, architecture, vocab_size, complete=True, checkpoints=checkpoints)
+    _refuse_duplicates(manifest)
+    manifest.write()
+    return manifest
