@@ -1,7 +1,7 @@
 """Builds csrc into distill/kernels/libdistill.so. Everything else about the package is in pyproject.toml.
 
-The library is loaded by torch, not imported: it needs torch's headers (stable ABI) but none of Python's. Without
-a C++ compiler or without torch the installation still succeeds and says so; the kernels' reference then serves.
+torch loads the library, Python does not import it: it needs torch's headers (stable ABI), none of Python's.
+Without a C++ compiler or torch the installation still succeeds and says so; the reference then serves.
 """
 
 from __future__ import annotations

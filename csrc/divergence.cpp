@@ -56,7 +56,7 @@ class Rows {
 class RowKernel {
  public:
   RowKernel(const Terms& terms, int64_t n)
-      : terms_(terms), n_(n), scratch_(static_cast<size_t>(6 * n)) {}
+      : terms_(terms), n_(n), scratch_(static_cast<size_t>(5 * n)), e_s_(part(3)), e_t_(part(4)) {}
 
   float* student_scratch() { return part(0); }
   float* teacher_scratch() { return part(1); }
@@ -66,16 +66,18 @@ class RowKernel {
   RowResult run(const float* student, const float* teacher, int64_t label, float* grad) {
     RowResult result;
     result.counted = true;
+    const bool has_soft = teacher != nullptr && terms_.teacher_temperature > 0;
+    const bool has_best = teacher != nullptr && !has_soft;
     const float max = row::maximum(student, n_);
-    if (grad != nullptr) std::memset(grad, 0, static_cast<size_t>(n_) * sizeof(float));
-    double sum = -1;  // of the student's exponentials at temperature 1, in part(3), once they are known
-    if (teacher != nullptr && terms_.teacher_temperature > 0) {
-      soft(student, max, teacher, grad, &result);
-      if (terms_.student_temperature == 1.0) sum = soft_sum_;
+    double sum = 0;  // of the student's exponentials, which stay in e_s_
+    if (has_soft) {
+      sum = soft(student, max, teacher, grad, &result);
+    } else if (grad != nullptr) {
+      std::memset(grad, 0, static_cast<size_t>(n_) * sizeof(float));
     }
-    if (label < 0 && (teacher == nullptr || terms_.teacher_temperature > 0)) return result;
-    if (sum < 0) sum = row::exponentials(student, max, 1.0f, part(3), n_);
-    if (teacher != nullptr && terms_.teacher_temperature == 0) {
+    if (label < 0 && !has_best) return result;
+    if (!has_soft || terms_.student_temperature != 1.0) sum = row::exponentials(student, max, 1.0f, e_s_, n_);
+    if (has_best) {
       const int64_t best = row::first_index(teacher, row::maximum(teacher, n_), n_);
       result.kl = result.soft_ce = one_hot(student, max, sum, best, terms_.kl_weight, grad);
     }
@@ -89,26 +91,27 @@ class RowKernel {
  private:
   float* part(int64_t index) { return scratch_.data() + index * n_; }
 
-  void soft(const float* student, float s_max, const float* teacher, float* grad, RowResult* result) {
+  // KL and soft cross-entropy with their gradient. Returns the sum of the student's exponentials.
+  double soft(const float* student, float s_max, const float* teacher, float* grad, RowResult* result) {
     const float s_scale = static_cast<float>(1.0 / terms_.student_temperature);
     const float t_scale = static_cast<float>(1.0 / terms_.teacher_temperature);
     const float t_max = row::maximum(teacher, n_);
-    float *e_s = part(3), *e_t = part(4);
-    const double s_sum = row::exponentials(student, s_max, s_scale, e_s, n_);
-    const double t_sum = row::exponentials(teacher, t_max, t_scale, e_t, n_);
-    const row::Moments moments = row::moments(student, s_max, s_scale, teacher, t_max, t_scale, e_t, n_);
+    const double s_sum = row::exponentials(student, s_max, s_scale, e_s_, n_);
+    const double t_sum = row::exponentials(teacher, t_max, t_scale, e_t_, n_);
+    const row::Moments moments = row::moments(student, s_max, s_scale, teacher, t_max, t_scale, e_t_, n_);
     result->kl = moments.excess / t_sum - std::log(t_sum) + std::log(s_sum);
     result->soft_ce = std::log(s_sum) - moments.student / t_sum;
-    soft_sum_ = s_sum;
-    if (grad == nullptr) return;
-    const double weight = terms_.kl_weight * s_scale;
-    row::difference(static_cast<float>(weight / s_sum), e_s, static_cast<float>(weight / t_sum), e_t, grad, n_);
+    if (grad != nullptr) {
+      const double weight = terms_.kl_weight * s_scale;
+      row::difference(static_cast<float>(weight / s_sum), e_s_, static_cast<float>(weight / t_sum), e_t_, grad, n_);
+    }
+    return s_sum;
   }
 
   // Cross-entropy with class `target`, student at temperature 1; adds weight * (p - one-hot) to the gradient.
   double one_hot(const float* student, float max, double sum, int64_t target, double weight, float* grad) {
     if (grad != nullptr && weight != 0) {
-      row::add(static_cast<float>(weight / sum), part(3), grad, n_);
+      row::add(static_cast<float>(weight / sum), e_s_, grad, n_);
       grad[target] -= static_cast<float>(weight);
     }
     return std::log(sum) - (static_cast<double>(student[target]) - max);
@@ -116,8 +119,8 @@ class RowKernel {
 
   Terms terms_;
   int64_t n_;
-  double soft_sum_ = 0;
   std::vector<float> scratch_;
+  float *e_s_, *e_t_;
 };
 
 void check_labels(const int64_t* labels, int64_t num_rows, int64_t vocab_size) {

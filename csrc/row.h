@@ -109,12 +109,6 @@ VECTORISED inline Moments moments(const float* s, float s_max, float s_scale, co
   return total;
 }
 
-// out = a * x (first) or out += a * x, one column at a time.
-VECTORISED inline void scale(float a, const float* x, float* out, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = a * x[i];
-}
-
 VECTORISED inline void add(float a, const float* x, float* out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] += a * x[i];

@@ -53,9 +53,9 @@ def _soft_terms(
         return soft_ce_N, soft_ce_N
     log_q = torch.log_softmax(teacher / terms.teacher_temperature, dim=-1)
     q = log_q.exp()
-    # Where the teacher gives nothing, the term is 0 even if a logit is -inf.
-    kl_N = torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1)
-    return kl_N, torch.where(q > 0, -q * log_p.detach(), 0.0).sum(-1)
+    # Where the teacher gives nothing, the term is 0 even if a logit is -inf. A NaN goes through.
+    kl_N = torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(-1)
+    return kl_N, torch.where(q == 0, 0.0, -q * log_p.detach()).sum(-1)
 
 
 def _hard_term(student: Tensor, labels_N: Tensor | None, terms: Terms) -> Tensor:
