@@ -1,7 +1,8 @@
 """`python -m data_prep STAGE ...`: parses arguments and calls one function.
 
-Every stage is a module with `add_arguments(parser) -> None` (arguments with units, an example in `parser.epilog`)
-and `run(args) -> int` (the exit code). Only the stage asked for is imported, so `--help` is quick.
+Every stage is a module with `add_arguments(parser) -> None` (arguments with units, an example in
+`parser.epilog`) and `run(args) -> int` (the exit code). Only the stage asked for is imported, so that
+`--help` is quick.
 Exit codes: 0 done, 2 bad input or configuration, 130 Ctrl-C, 143 SIGTERM.
 """
 
