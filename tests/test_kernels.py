@@ -15,8 +15,8 @@ from torch import Tensor
 
 from distill.kernels import Divergence, cpu, divergence, picker
 
-has_cpu = pytest.mark.skipif(bool(cpu._load_problem), reason=cpu._load_problem or "built")
-BUILT = ["reference"] if cpu._load_problem else ["reference", "cpu"]
+has_cpu = pytest.mark.skipif(bool(cpu.load_problem), reason=cpu.load_problem or "built")
+BUILT = ["reference"] if cpu.load_problem else ["reference", "cpu"]
 IMPLS = ["reference", pytest.param("cpu", marks=has_cpu)]
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}  # relative; bfloat16: two roundings of the gradient

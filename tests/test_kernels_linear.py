@@ -1,4 +1,4 @@
-"""Heads and divergence in chunks of rows: the numbers of all rows at once, without ever holding all logits."""
+"""Heads and divergence in chunks of rows: the same numbers as in one go, without ever holding all logits."""
 
 from __future__ import annotations
 

@@ -33,13 +33,13 @@ def _load() -> str:
     return ""
 
 
-_load_problem = _load()  # on import, so that torch.compile never meets it; takes a few ms
+load_problem = _load()  # on import, so that torch.compile never meets it; takes a few ms
 
 
 def problem_with(student_NV: Tensor, teacher_NV: Tensor | None) -> str:
     """Why the operator can not serve these logits, or an empty string."""
-    if _load_problem:
-        return _load_problem
+    if load_problem:
+        return load_problem
     for logits in (student_NV, teacher_NV):
         if logits is None:
             continue
@@ -95,6 +95,6 @@ def _backward(ctx: Any, loss_grad: Tensor | None, *unused: Tensor | None) -> tup
     return (scaled,) + (None,) * (ctx.num_inputs - 1)
 
 
-if not _load_problem:
+if not load_problem:
     torch.library.register_fake("distill::divergence", _fake)
     torch.library.register_autograd("distill::divergence", _backward, setup_context=_setup_context)
