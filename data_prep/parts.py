@@ -189,18 +189,21 @@ def convert(
     """Run `extract` over `tasks` and write what it gives as parts, in order; returns the index.
 
     Parts end at task borders, so they depend on the tasks alone. After each part the progress file is
-    renewed; a killed run repeats at most the tasks of one part.
+    renewed; a killed run repeats at most the tasks of one part. Raises ValueError for input without documents.
     """
     finished = open_folder(stage)
     if finished is not None:
         return finished
     work = _Parts(stage)
-    done = work.state["tasks"]
-    with progress(stage.name, total_bytes, initial=work.state["input_bytes"]) as advance:
-        for batch in ordered_map(extract, islice(tasks, done, None), workers):
-            work.add(batch)
-            advance(batch.input_bytes)
-    return work.finish()
+    try:
+        with progress(stage.name, total_bytes, initial=work.state["input_bytes"]) as advance:
+            for batch in ordered_map(extract, islice(tasks, work.state["tasks"], None), workers):
+                work.add(batch)
+                advance(batch.input_bytes)
+        return work.finish()
+    except ValueError:
+        work.forget_if_empty()
+        raise
 
 
 class _Parts:
@@ -230,8 +233,17 @@ class _Parts:
             self._flush()
             write_json(self.progress_path, self.state)
 
+    def forget_if_empty(self) -> None:
+        """Bad input that gave nothing leaves no trace, so that the mended input may use the same folder."""
+        if not self.state["parts"]:
+            self.progress_path.unlink(missing_ok=True)
+            self.stage.out.rmdir()
+
     def finish(self) -> dict[str, Any]:
         self._flush()
+        if not self.state["counts"]["in"]:
+            names = ", ".join(source["name"] for source in self.stage.inputs)
+            raise ValueError(f"no documents in {names}: give files that hold some")
         index = {key: value for key, value in self.state.items() if key not in ("tasks", "input_bytes")}
         write_json(self.stage.out / INDEX_NAME, index)
         self.progress_path.unlink(missing_ok=True)
