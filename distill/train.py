@@ -176,7 +176,8 @@ def student_model(config: Config, samples: Samples) -> Any:
     if config.model.init_from:
         model = load_model(config.data.task, Path(config.model.init_from), torch.float32, samples.sequence_length)
     else:
-        specials = {"pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        begin, end = tokenizer.bos_id, tokenizer.eos_id
+        specials = {"pad_token_id": tokenizer.pad_id, "bos_token_id": begin, "eos_token_id": end, "cls_token_id": begin, "sep_token_id": end}
         model = build_model(
             config.data.task, config.model.architecture, config.model.overrides,
             vocab_size=tokenizer.vocab_size, sequence_length=samples.sequence_length, special_ids=specials, seed=config.seed,

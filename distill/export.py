@@ -1,0 +1,50 @@
+"""A run's newest weights as a Hugging Face folder, and the validation of any such folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from distill import distributed
+from distill.checkpoint import export, saved_checkpoints
+from distill.config import Config, load_config
+from distill.data import Samples
+from distill.engine import saved_weights
+from distill.evaluate import validate, validation_samples
+from distill.models import DTYPES, load_model, quiet_transformers
+from distill.run_folder import CONFIG
+from distill.train import layout, student_model
+from distill.trajectory.stream import copy_into
+
+
+def export_run(run_dir: Path, out: Path) -> Path:
+    """Write `out` from the run's result or, while it is under way, from its newest checkpoint. Returns `out`.
+
+    Raises:
+        ValueError: no run there, nothing saved yet, or `out` exists.
+    """
+    if not (run_dir / CONFIG).exists():
+        raise ValueError(f"{run_dir} is no run folder: it has no {CONFIG}")
+    if out.exists():
+        raise ValueError(f"{out} exists already: choose another --out")
+    if (run_dir / "model").exists():
+        shutil.copytree(run_dir / "model", out)
+        return out
+    saved = saved_checkpoints(run_dir)
+    if not saved:
+        raise ValueError(f"{run_dir} has no checkpoint yet: it saves one every save.every steps, at a stop and at the end")
+    quiet_transformers()
+    config = load_config([run_dir / CONFIG], [])
+    model = student_model(config, Samples(config.data, "train", config.seed, shuffle=True))
+    copy_into(model, saved_weights(saved[-1]), step=int(saved[-1].name.removeprefix("step_")))
+    export(model.to(DTYPES[config.engine.dtype]), Path(config.data.shards) / "tokenizer", out)
+    return out
+
+
+def evaluate_folder(folder: Path, config: Config) -> dict[str, float]:
+    """Validation of a Hugging Face folder on the held-out documents of config.data.shards (see `distill.evaluate`)."""
+    quiet_transformers()
+    world = distributed.start()
+    samples = validation_samples(config)
+    model = load_model(config.data.task, folder, DTYPES[config.engine.dtype], samples.sequence_length).to(world.device)
+    return validate(model, samples, config, layout(config, world)[0], world)
