@@ -2,9 +2,10 @@
 
     train-00000.tar ... validation-00000.tar ...  tokenizer/  index.json (last: no index, no data set)
 
-A document is packed as `<s> tokens </s>`; documents follow each other and are cut to `sequence_length`. Only the
-last sequence of a documents part is padded. Control ids never come out of text, so `</s>` marks the boundaries.
-Any `webdataset` reads the tars; `ShardReader` reads a sample by number, since all members have one size.
+A document is packed as `<s> tokens </s>`; documents follow each other and are cut to `sequence_length`. Only
+the last sequence of a documents part is padded. Control ids never come out of text: `</s>` marks the
+boundaries. Any `webdataset` reads the tars; `ShardReader` reads a sample by number, since all members have
+one size.
 """
 
 import json
@@ -165,7 +166,7 @@ def _split_problems(split: Split) -> Iterator[str]:
 class ShardReader:
     """Random access to the samples of one split: `reader[i]` is a new array [sequence_length].
 
-    A shard's size and sha256 are checked when a process first opens it. Picklable: a worker opens its own maps.
+    A shard's size and sha256 are checked when a process first opens it. Picklable: a worker opens its own.
     """
 
     def __init__(self, folder: str | Path, split: str) -> None:

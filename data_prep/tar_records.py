@@ -2,8 +2,8 @@
 
 All members of a split have one size, so headers are filled in bulk (a template, nine digits, a checksum)
 instead of one `tarfile` call a sample, and sample `i` of a shard lies at
-`i * layout.record_bytes + layout.payload_offset`. The bytes depend on tokens, first sample number and sequence
-length only: no clock, no user, no library version.
+`i * layout.record_bytes + layout.payload_offset`. The bytes depend on tokens, first sample number and
+sequence length only: no clock, no user, no library version.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ class RecordLayout:
         return num_samples * self.record_bytes + len(END_OF_TAR)
 
     def npy_header(self) -> bytes:
-        """Version 1.0 header of an array [sequence_length]; our own, since numpy's padding has changed before."""
+        """Version 1.0 header of an array [sequence_length]; own code, since numpy's padding changed."""
         shape = f"({self.sequence_length},)"
         text = f"{{'descr': '{self.numpy_dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
         return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode("ascii") + b"\n"
