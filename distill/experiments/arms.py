@@ -1,0 +1,126 @@
+"""Arms of a comparison, each a `distill train` command; what they found as a table and a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from distill.files import write_text
+from distill.metrics import METRICS, read_rows
+from distill.run_folder import read_result
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train the student: its name, how the table calls it, and the settings that make it differ from the others."""
+
+    name: str
+    title: str
+    settings: tuple[str, ...]
+
+
+class CommandFailed(SystemExit):
+    """A command of the study ended with an error or was interrupted; the study leaves with the same exit code."""
+
+
+def run_command(module: str, *arguments: str) -> None:
+    """Run `python -m module arguments...`, shown to the user first. Raises CommandFailed with its exit code."""
+    print(f"\n$ python -m {module} {' '.join(arguments)}", flush=True)
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.DEVNULL if module == "distill" else None)
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:  # the terminal sent it to the command as well: let that save and leave
+            continue
+    if code:
+        raise CommandFailed(code if code > 0 else 128 - code)
+
+
+def train_arm(run_dir: Path, config: Path, settings: Sequence[str]) -> dict[str, Any]:
+    """Train one run to its end, unless that is done. Returns its result.json."""
+    if read_result(run_dir) is None:
+        run_command("distill", "train", str(config), f"run_dir={run_dir}", *settings)
+    return json.loads((run_dir / "result.json").read_text())  # type: ignore[no-any-return]
+
+
+def curve(run_dir: Path, key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one validation metric of a run."""
+    rows = read_rows(run_dir / METRICS, "validation")
+    return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def steps_to(run_dir: Path, loss: float) -> float:
+    """First step, linear between validations, at which the validation loss is at most `loss`; infinity if never."""
+    steps, losses = curve(run_dir, "hard")
+    previous = None
+    for step, value in zip(steps, losses):
+        if value <= loss:
+            if previous is None:
+                return float(step)
+            before, above = previous
+            return before + (step - before) * (above - loss) / (above - value)
+        previous = (step, value)
+    return math.inf
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for one value)."""
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
+
+
+def table(results: Mapping[str, Sequence[Mapping[str, float]]], titles: Mapping[str, str], columns: Mapping[str, str]) -> str:
+    """Markdown: a line an arm; a cell is the mean over seeds, with the standard deviation if there are several.
+
+    Args:
+        columns: key of a result -> heading.
+    """
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for arm, runs in results.items():
+        cells = [_cell([run[key] for run in runs if key in run], key) for key in columns]
+        lines.append(f"| {titles[arm]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float], key: str) -> str:
+    if not values:
+        return ""
+    if any(math.isinf(v) for v in values):
+        return "not reached" if all(math.isinf(v) for v in values) else f"reached by {sum(map(math.isfinite, values))} of {len(values)}"
+    digits = {"hard": 3, "accuracy": 4, "minutes": 1}.get(key, 0)
+    mean, spread = mean_and_spread(values)
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
+
+
+def plot(runs: Mapping[str, Sequence[Path]], titles: Mapping[str, str], teacher: Path, path: Path, heading: str) -> None:
+    """Validation loss and top-1 of every run over its steps, and where the teacher ended, as a PNG."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for axis, key, label in ((axes[0], "hard", "validation loss (nats a token)"), (axes[1], "accuracy", "validation top-1")):
+        for i, (arm, folders) in enumerate(runs.items()):
+            for j, folder in enumerate(folders):
+                axis.plot(*curve(folder, key), color=f"C{i}", marker=".", label=titles[arm] if j == 0 else None)
+        axis.axhline(curve(teacher, key)[1][-1], color="black", linestyle="--", linewidth=1, label="teacher, final")
+        axis.set(xlabel="student steps", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(heading)
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(path)
+    pyplot.close(figure)
+
+
+def save_results(path: Path, results: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(results, indent=1))

@@ -1,0 +1,101 @@
+"""Wikipedia + Books: raw text -> shards -> a teacher that leaves its trajectory -> three students on one budget -> table and picture.
+
+    python -m distill.experiments.wiki_books --out work/demo            # 2 CPU cores, about ten minutes
+    python -m distill.experiments.wiki_books --out work/demo --seeds 0 1 2
+
+Section 5 of Panigrahi et al. (ICLR 2025), scaled to a laptop. All arms share data order, budget and initial weights (the seed's);
+they differ in the objective and the schedule alone. Whatever is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from distill.experiments.arms import Arm, CommandFailed, plot, run_command, save_results, steps_to, table, train_arm
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SEQUENCE_LENGTH, VOCAB_SIZE = "64", "1024"
+COLUMNS = {"hard": "validation loss", "accuracy": "top-1", "steps_to_hard": "steps to the hard labels' final loss", "minutes": "minutes"}
+
+
+def arms(trajectory: Path) -> list[Arm]:
+    """The three students of the paper's comparison."""
+    taught = f"teacher.trajectory={trajectory}"
+    return [
+        Arm("hard", "hard labels", ()),
+        Arm("one_shot", "one-shot (final teacher)", (taught, "schedule.kind=one_shot")),
+        Arm("progressive", "progressive", (taught, "schedule.kind=two_shot", "schedule.early_share=0.1")),
+    ]
+
+
+def prepare_data(out: Path, workers: int) -> Path:
+    """Fetch the demo's text and make shards of it. Returns their folder."""
+    text, shards = out / "text", out / "shards"
+    if (shards / "index.json").exists():
+        return shards
+    flags = ("--workers", str(workers))
+    run_command("data_prep", "fetch", "demo", "--out", str(text))
+    dumps = [str(p) for p in sorted((text / "wikipedia").glob("*.bz2"))]
+    run_command("data_prep", "wikipedia", *dumps, "--out", str(out / "wikipedia"), *flags)
+    run_command("data_prep", "books", str(text / "books"), "--out", str(out / "books"), *flags)
+    run_command("data_prep", "documents", str(out / "wikipedia"), str(out / "books"), "--out", str(out / "documents"), *flags)
+    run_command("data_prep", "tokenizer", str(out / "documents"), "--out", str(out / "tokenizer"), "--vocab-size", VOCAB_SIZE)
+    run_command("data_prep", "shards", str(out / "documents"), "--tokenizer", str(out / "tokenizer"), "--out", str(shards),
+                "--sequence-length", SEQUENCE_LENGTH, *flags)  # fmt: skip
+    return shards
+
+
+def study(out: Path, seeds: list[int], workers: int) -> str:
+    """Run everything that is not done yet. Returns the table in Markdown."""
+    shards = prepare_data(out, workers)
+    teacher_dir = out / "runs" / "teacher"
+    results: dict[str, list[Any]] = {"teacher": [timed(teacher_dir, CONFIGS / "demo_teacher.yaml", [f"data.shards={shards}"])]}
+    titles, folders = {"teacher": "teacher (its own run)"}, {}
+    for arm in arms(teacher_dir / "trajectory"):
+        titles[arm.name] = arm.title
+        folders[arm.name] = [out / "runs" / f"{arm.name}_seed{seed}" for seed in seeds]
+        results[arm.name] = [
+            timed(folder, CONFIGS / "demo_student.yaml", [f"data.shards={shards}", f"seed={seed}", *arm.settings])
+            for seed, folder in zip(seeds, folders[arm.name])
+        ]
+    for arm_name, runs in folders.items():
+        for found, folder, hard in zip(results[arm_name], runs, results["hard"]):
+            found["steps_to_hard"] = steps_to(folder, hard["hard"])
+    plot(folders, titles, teacher_dir, out / "curves.png", f"Wikipedia + Books at demo scale, seed(s) {seeds}")
+    save_results(out / "results.json", results)
+    return table(results, titles, COLUMNS)
+
+
+def timed(run_dir: Path, config: Path, settings: list[str]) -> dict[str, Any]:
+    """`train_arm`, with the minutes it took; a run that was interrupted counts from its last start."""
+    start, clock = time.monotonic(), run_dir / "minutes.txt"
+    result = train_arm(run_dir, config, settings)
+    if not clock.exists():
+        clock.write_text(f"{(time.monotonic() - start) / 60:.2f}\n")
+    return {**result, "minutes": float(clock.read_text())}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("work/demo"), help="folder for text, shards, runs, table and picture")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the students: weights, sample order and masks")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that prepare the data")
+    arguments = parser.parse_args()
+    try:
+        found = study(arguments.out, arguments.seeds, arguments.workers)
+    except CommandFailed as failure:
+        code = int(str(failure.code))
+        print(f"stopped (exit code {code}); the same command goes on from there", file=sys.stderr)
+        return code
+    out = arguments.out
+    print(f"\n{found}\n\npicture: {out}/curves.png   figures: {out}/results.json   TensorBoard: tensorboard --logdir {out}/runs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
