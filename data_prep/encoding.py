@@ -17,10 +17,9 @@ import tokenizers
 
 from data_prep.files import read_json, sha256_of
 from data_prep.shards import TokenizerInfo
-from data_prep.tokenizer_files import SPACE, is_separable, parse_model
+from data_prep.tokenizer_files import MODEL_NAME, SPACE, is_separable, parse_model
 
 INFO_NAME = "tokenizer_info.json"
-MODEL_NAME = "tokenizer.model"
 HUGGINGFACE_NAME = "tokenizer.json"
 SLICE_CHARS = 1 << 20
 _REMEMBERED_WORDS = 1 << 17  # about 30 MB

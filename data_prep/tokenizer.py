@@ -28,6 +28,7 @@ from data_prep.files import read_json, remove_temporary_files, sha256_of, whole_
 from data_prep.parts import load_index
 from data_prep.shards import TokenizerInfo
 from data_prep.tokenizer_files import (
+    MODEL_NAME,
     huggingface_config,
     huggingface_special,
     parse_model,
@@ -49,7 +50,7 @@ _ALSO_COPIED = (
     "vocab.txt",
     "merges.txt",
 )
-_PROBE = 'The  cat\'s "hat", 1234.5 (a-b);\n\n= Heading =\n Ünïcödé, 日本語 😀 été\t--- ---- x_y aaaaaaa </s> https://a.b/c?d=e'
+_PROBE = 'The  cat\'s "hat", 1234.5 (a-b);\n\n= Heading =\n Ünïcödé, 日本語 😀 été\t--- ---- x_y aaaaaaa https://a.b/c?d=e'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         sample = sample_documents(
             [Path(folder) for folder in args.documents], int(args.sample_megabytes * 1e6)
         )
-        made = _from_sentencepiece(train_model(sample, args.vocab_size, args.model), None)
+        made = _from_sentencepiece(train_model(sample, args.vocab_size, args.model), MODEL_NAME, None)
     _write(out, made, settings)
     print(f"tokenizer: {made.info.vocab_size} pieces, sha256 {made.info.sha256} in {out}", file=sys.stderr)
     return 0
@@ -157,15 +158,15 @@ def _from_given(path: Path, pad_token: str | None) -> _Made:
     model = path / MODEL_NAME if path.is_dir() else path
     if not model.is_file():
         raise ValueError(f"{path} has neither {HUGGINGFACE_NAME} nor {MODEL_NAME}")
-    return _from_sentencepiece(model.read_bytes(), pad_token)
+    return _from_sentencepiece(model.read_bytes(), str(model), pad_token)
 
 
 def _is_ours(path: Path) -> bool:
     return (path / INFO_NAME).is_file() and read_json(path / INFO_NAME)["kind"] == "sentencepiece"
 
 
-def _from_sentencepiece(model: bytes, pad_token: str | None) -> _Made:
-    proto = parse_model(model)
+def _from_sentencepiece(model: bytes, source: str, pad_token: str | None) -> _Made:
+    proto = parse_model(model, source)
     names = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     fallback = proto.trainer_spec.byte_fallback
     special = resolve_special(sentencepiece_special(proto), fallback, _pad_token_id(pad_token, names))

@@ -11,6 +11,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 SPACE = "\u2581"
+MODEL_NAME = "tokenizer.model"
 # numbers of SentencePiece's protocol buffers
 UNIGRAM, _BPE = 1, 2
 NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -24,16 +25,16 @@ _NAMES = {
 }
 
 
-def parse_model(model: bytes) -> Any:
-    """The ModelProto of a serialised SentencePiece model; ValueError when it is not one."""
+def parse_model(model: bytes, source: str = MODEL_NAME) -> Any:
+    """The ModelProto of a serialised SentencePiece model; ValueError names `source` when it is not one."""
     protocol: Any = sentencepiece_model_pb2  # its classes are made at import, unseen by type checkers
     proto = protocol.ModelProto()
     try:
         proto.ParseFromString(model)
     except Exception as error:  # protobuf's DecodeError has moved between modules
-        raise ValueError(f"not a SentencePiece model ({error})") from None
+        raise ValueError(f"{source} is not a SentencePiece model ({error})") from None
     if not proto.pieces:
-        raise ValueError("not a SentencePiece model: it has no pieces")
+        raise ValueError(f"{source} is not a SentencePiece model: it has no pieces")
     return proto
 
 
