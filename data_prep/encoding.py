@@ -15,7 +15,7 @@ import numpy as np
 import sentencepiece as spm
 import tokenizers
 
-from data_prep.files import read_json, sha256_of
+from data_prep.files import read_json, sha256_of, whole_file
 from data_prep.shards import TokenizerInfo
 from data_prep.tokenizer_files import MODEL_NAME, SPACE, is_separable, parse_model
 
@@ -55,6 +55,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if found != expected:
             raise ValueError(f"{path.with_name(name)} has changed: sha256 {expected} expected, found {found}")
     return open_tokenizer(Path(folder), values["kind"], TokenizerInfo(**values["tokenizer"]))
+
+
+def copy_tokenizer(folder: Path, out: Path) -> None:
+    """Copy the files of a tokenizer folder; the one that makes it complete comes last."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in [*read_json(folder / INFO_NAME)["files"], INFO_NAME]:
+        with whole_file(out / name) as file:
+            file.write((folder / name).read_bytes())
 
 
 def open_tokenizer(folder: Path, kind: str, info: TokenizerInfo) -> Tokenizer:

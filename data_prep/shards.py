@@ -51,14 +51,14 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar. `start` is (part, block, token) of the documents where it begins; a resumed run needs it."""
+    """One tar. `end` is the place (part, block, token) in the documents behind its last token, to go on from."""
 
     name: str
     samples: int
     tokens: int  # without padding
     bytes: int
     sha256: str
-    start: tuple[int, int, int] | None = None
+    end: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,12 @@ class ShardIndex:
 
 
 def _split_from_json(values: Mapping[str, Any]) -> Split:
-    rows = [dict(row) for row in values["shards"]]
-    shards = [Shard(**{**row, "start": tuple(row["start"]) if row.get("start") else None}) for row in rows]
-    return Split(values["samples"], values["tokens"], tuple(shards))
+    return Split(values["samples"], values["tokens"], tuple(shard_from_json(row) for row in values["shards"]))
+
+
+def shard_from_json(row: Mapping[str, Any]) -> Shard:
+    """The row that `dataclasses.asdict` and JSON made of a `Shard`."""
+    return Shard(**{**row, "end": tuple(row["end"]) if row.get("end") else None})
 
 
 def _split_problems(split: Split) -> Iterator[str]:
@@ -217,7 +220,7 @@ class ShardReader:
 def check_shard(folder: Path, shard: Shard) -> None:
     """Raise CorruptShard unless the file has the size and sha256 of its row in the index."""
     path = folder / shard.name
-    advice = "delete it if it is there and run the shards command again (only what is missing is made)"
+    advice = "delete it if it is there and run the shards command again, which makes it anew"
     try:
         found_bytes = path.stat().st_size
     except FileNotFoundError:
@@ -242,12 +245,20 @@ def write_shard(
     first_sample: int,
     pad_id: int,
     layout: RecordLayout,
-    start: tuple[int, int, int] | None = None,
+    end: tuple[int, int, int] | None = None,
 ) -> Shard:
     """Write shard `number` of a split and return its row. tokens_NL: [samples, sequence_length]."""
     name = shard_name(split, number)
     num_bytes, sha256 = write_tar(folder / name, tokens_NL, first_sample, layout)
-    return Shard(name, len(tokens_NL), int(np.count_nonzero(tokens_NL != pad_id)), num_bytes, sha256, start)
+    return Shard(name, len(tokens_NL), _count_tokens(tokens_NL, pad_id), num_bytes, sha256, end)
+
+
+def _count_tokens(tokens_NL: np.ndarray, pad_id: int) -> int:
+    step = 1 << 14  # rows; a memory map of a big shard is not to be copied whole
+    return sum(
+        int(np.count_nonzero(tokens_NL[start : start + step] != pad_id))
+        for start in range(0, len(tokens_NL), step)
+    )
 
 
 def write_split(

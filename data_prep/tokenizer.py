@@ -19,7 +19,6 @@ import tokenizers
 from data_prep.encoding import (
     HUGGINGFACE_NAME,
     INFO_NAME,
-    MODEL_NAME,
     Tokenizer,
     load_tokenizer,
     open_tokenizer,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece as spm
 import tokenizers
-from transformers import AutoTokenizer, BertTokenizerFast
+from transformers import AutoTokenizer, BertTokenizer
 
 from data_prep.__main__ import main
 from data_prep.encoding import load_tokenizer, slices
@@ -47,7 +47,7 @@ def write_documents(
         encode_document({"id": str(n), "source": "test", "title": "", "text": text})
         for n, text in enumerate(texts)
     ]
-    parts = []
+    parts: list[dict[str, object]] = []
     for start in range(0, len(lines), documents_per_part):
         chunk = lines[start : start + documents_per_part]
         parts.append(write_part(folder / f"{split}-{len(parts):05d}.jsonl.zst", b"".join(chunk), len(chunk)))
@@ -243,7 +243,7 @@ def test_a_given_tokenizer_without_padding_needs_one_named(
 def test_a_bert_folder_is_taken_with_its_own_names(tmp_path: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "class", "##es", "[", "]", "mask"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
     assert main(["tokenizer", "--from", str(tmp_path / "bert"), "--out", str(tmp_path / "t")]) == 0
     tokenizer = load_tokenizer(tmp_path / "t")
     info = tokenizer.info
