@@ -147,7 +147,7 @@ def _gunzipped(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:
     except EOFError as error:
         raise ValueError(_cut_off(path)) from error
     except (zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged near byte {file.tell()}: {error}; fetch it again") from error
+        raise ValueError(f"{path} is damaged before byte {file.tell()}: {error}; get it again") from error
 
 
 def _check_bz2_end(path: Path) -> None:
@@ -164,7 +164,7 @@ def _cut_off(path: Path) -> str:
 
 
 def _stream_starts(path: Path, before: int | None = None) -> Iterator[int]:
-    """Offsets of the bz2 streams that start before byte `before`; a chance match has odds of 2**-80 a byte."""
+    """Offsets of the bz2 streams that start before byte `before`; by chance 2**-80 a byte."""
     window, start = b"", 0
     with open(path, "rb") as file:
         while (before is None or start < before) and (data := file.read(CHUNK_BYTES)):

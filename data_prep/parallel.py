@@ -22,7 +22,7 @@ def default_workers() -> int:
 def ordered_map(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """Yield `function(task)` in the order of `tasks`, computed by `workers` processes.
 
-    One worker means this process. At most 2 * workers tasks are drawn ahead, so an endless stream needs
+    One worker means this process. At most workers + 2 tasks are drawn ahead, so an endless stream needs
     bounded memory. `function` must be importable (top level of a module).
     Raises ValueError for workers < 1, ChildProcessError when a worker was killed, and what `function` raises.
     """
@@ -35,7 +35,7 @@ def ordered_map(function: Callable[[Task], Result], tasks: Iterable[Task], worke
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
-        yield from _in_order(pool, function, tasks, 2 * workers)
+        yield from _in_order(pool, function, tasks, workers + 2)
     except BrokenProcessPool as error:
         raise ChildProcessError(
             "a worker process was killed (out of memory?); run the same command again, with fewer --workers"

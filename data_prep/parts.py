@@ -22,6 +22,7 @@ from data_prep.files import (
     whole_file,
     write_json,
 )
+from data_prep.lines import file_lines
 from data_prep.parallel import ordered_map
 from data_prep.progress import progress
 
@@ -47,13 +48,13 @@ class Document(TypedDict):
 class Batch:
     """What one task gave: JSON lines of the kept documents and what became of every document seen.
 
-    `seen` documents came in, `documents` are kept, `dropped` counts the others by reason;
-    `notes` counts facts about kept documents, `input_bytes` moves the progress bar.
+    `kept` holds (JSON lines, number of documents) for each output of the stage; `seen` documents came in,
+    `dropped` counts the others by reason; `notes` counts facts about kept documents, `input_bytes` moves the
+    progress bar.
     """
 
-    lines: bytes = b""
+    kept: dict[str, tuple[bytes, int]] = field(default_factory=dict)
     seen: int = 0
-    documents: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     input_bytes: int = 0
@@ -61,13 +62,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of one stage: where it writes, what decides its output (never the number of workers)."""
+    """A run of one stage: where it writes, and what decides that (never the number of workers).
+
+    `outputs` are the names that parts begin with; the stage's name if none are given.
+    """
 
     name: str
     out: Path
     inputs: list[dict[str, Any]]
     settings: dict[str, Any]
     command: str
+    outputs: tuple[str, ...] = ()
+
+    def names(self) -> tuple[str, ...]:
+        """What part names begin with."""
+        return self.outputs or (self.name,)
 
     def header(self) -> dict[str, Any]:
         """The part of index.json that is known before the work; equal headers give equal bytes."""
@@ -106,22 +115,13 @@ def write_part(path: Path, lines: bytes, documents: int) -> dict[str, Any]:
 
 def read_part(path: Path) -> Iterator[Document]:
     """The documents of one part, read as a stream; ValueError names a damaged part."""
-    reader = zstandard.ZstdDecompressor()
-    try:
-        with open(path, "rb") as file, reader.stream_reader(file, read_across_frames=True) as stream:
-            for line in _lines(stream):
-                yield json.loads(line)
-    except (zstandard.ZstdError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete its folder, run that stage again") from error
-
-
-def _lines(stream: zstandard.ZstdDecompressionReader) -> Iterator[bytes]:
-    rest = b""
-    while block := stream.read(1 << 20):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    if rest:
-        raise ValueError(f"the last line, {len(rest)} bytes, has no end")
+    for line, _ in file_lines(path):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); delete its folder, run that stage again"
+            ) from error
 
 
 def load_index(folder: Path) -> dict[str, Any]:
@@ -170,7 +170,18 @@ def open_folder(stage: Stage) -> dict[str, Any] | None:
     strangers = sorted(path.name for path in stage.out.iterdir())
     if strangers:
         raise ValueError(f"{stage.out} is not empty (it holds {strangers[0]!r}); give an empty --out")
+    write_json(stage.out / PROGRESS_NAME, stage.header() | _nothing_yet(stage))
     return None
+
+
+def _nothing_yet(stage: Stage) -> dict[str, Any]:
+    return {
+        "counts": {"in": 0, "kept": 0, "dropped": {}},
+        "notes": {},
+        "parts": [],
+        "next": dict.fromkeys(stage.names(), 0),
+        "input_bytes": 0,
+    }
 
 
 def _refuse_other_run(stage: Stage, found: dict[str, Any]) -> None:
@@ -189,16 +200,19 @@ def convert(
     """Run `extract` over `tasks` and write what it gives as parts, in order; returns the index.
 
     Parts end at task borders, so they depend on the tasks alone. After each part the progress file is
-    renewed; a killed run repeats at most the tasks of one part. Raises ValueError for input without documents.
+    renewed; a killed run repeats at most the tasks of one part. ValueError for input without documents.
     """
     finished = open_folder(stage)
     if finished is not None:
         return finished
-    work = _Parts(stage)
+    work = _Work(stage)
+    first = work.next_task()
     try:
-        with progress(stage.name, total_bytes, initial=work.state["input_bytes"]) as advance:
-            for batch in ordered_map(extract, islice(tasks, work.state["tasks"], None), workers):
-                work.add(batch)
+        with progress(stage.name, total_bytes) as advance:
+            advance(work.state["input_bytes"])
+            results = ordered_map(extract, islice(tasks, first, None), workers)
+            for number, batch in enumerate(results, first):
+                work.add(number, batch)
                 advance(batch.input_bytes)
         return work.finish()
     except ValueError:
@@ -206,67 +220,77 @@ def convert(
         raise
 
 
-class _Parts:
-    """The parts written so far, and the one that is filling up."""
+class _Work:
+    """Parts written so far, and for each output the batches of the part that is filling up.
+
+    Outputs fill at their own pace: `state["next"]` says for each which task it waits for. A run that goes on
+    starts with the least of them, and an output skips what it already has.
+    """
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
+        self.outputs = stage.names()
         self.progress_path = stage.out / PROGRESS_NAME
-        if self.progress_path.is_file():
-            self.state = read_json(self.progress_path)
-        else:
-            self.state = stage.header() | {
-                "tasks": 0,
-                "input_bytes": 0,
-                "counts": {"in": 0, "kept": 0, "dropped": {}},
-                "notes": {},
-                "parts": [],
-            }
-            write_json(self.progress_path, self.state)
-        self.waiting: list[Batch] = []
-        self.waiting_bytes = 0
+        self.waiting: dict[str, list[Batch]] = {name: [] for name in self.outputs}
+        self.state = read_json(self.progress_path)
 
-    def add(self, batch: Batch) -> None:
-        self.waiting.append(batch)
-        self.waiting_bytes += len(batch.lines)
-        if self.waiting_bytes >= PART_BYTES:
-            self._flush()
-            write_json(self.progress_path, self.state)
+    def next_task(self) -> int:
+        return min(self.state["next"].values())
+
+    def add(self, number: int, batch: Batch) -> None:
+        for name in self.outputs:
+            if number < self.state["next"][name] + len(self.waiting[name]):
+                continue
+            self.waiting[name].append(batch)
+            if sum(len(waiting.kept.get(name, (b"", 0))[0]) for waiting in self.waiting[name]) >= PART_BYTES:
+                self._flush(name)
+                write_json(self.progress_path, self.state)
+
+    def finish(self) -> dict[str, Any]:
+        for name in self.outputs:
+            self._flush(name)
+        if not self.state["counts"]["in"]:
+            names = ", ".join(source["name"] for source in self.stage.inputs)
+            raise ValueError(f"no documents in {names}: give files that hold some")
+        index = {key: value for key, value in self.state.items() if key not in ("next", "input_bytes")}
+        index["parts"].sort(
+            key=lambda part: (self.outputs.index(part["name"].rsplit("-", 1)[0]), part["name"])
+        )
+        write_json(self.stage.out / INDEX_NAME, index)
+        self.progress_path.unlink(missing_ok=True)
+        return index
 
     def forget_if_empty(self) -> None:
         """Bad input that gave nothing leaves no trace, so that the mended input may use the same folder."""
         if not self.state["parts"]:
             self.progress_path.unlink(missing_ok=True)
-            self.stage.out.rmdir()
+            if not any(self.stage.out.iterdir()):
+                self.stage.out.rmdir()
 
-    def finish(self) -> dict[str, Any]:
-        self._flush()
-        if not self.state["counts"]["in"]:
-            names = ", ".join(source["name"] for source in self.stage.inputs)
-            raise ValueError(f"no documents in {names}: give files that hold some")
-        index = {key: value for key, value in self.state.items() if key not in ("tasks", "input_bytes")}
-        write_json(self.stage.out / INDEX_NAME, index)
-        self.progress_path.unlink(missing_ok=True)
-        return index
-
-    def _flush(self) -> None:
-        documents = sum(batch.documents for batch in self.waiting)
+    def _flush(self, name: str) -> None:
+        batches = [batch.kept.get(name, (b"", 0)) for batch in self.waiting[name]]
+        documents = sum(number for _, number in batches)
         if documents:
-            path = self.stage.out / f"{self.stage.name}-{len(self.state['parts']):05d}.jsonl.zst"
-            lines = b"".join(batch.lines for batch in self.waiting)
-            self.state["parts"].append(write_part(path, lines, documents))
-        for batch in self.waiting:
-            self._count(batch)
-        self.waiting, self.waiting_bytes = [], 0
+            have = sum(part["name"].startswith(f"{name}-") for part in self.state["parts"])
+            path = self.stage.out / f"{name}-{have:05d}.jsonl.zst"
+            self.state["parts"].append(write_part(path, b"".join(lines for lines, _ in batches), documents))
+        for batch in self.waiting[name]:
+            if name == self.outputs[0]:  # each task is counted once, with the first output
+                self._count(batch)
+        self.state["next"][name] += len(batches)
+        self.waiting[name] = []
 
     def _count(self, batch: Batch) -> None:
         counts = self.state["counts"]
         counts["in"] += batch.seen
-        counts["kept"] += batch.documents
-        counts["dropped"] = dict(sorted((Counter(counts["dropped"]) + batch.dropped).items()))
-        self.state["notes"] = dict(sorted((Counter(self.state["notes"]) + batch.notes).items()))
-        self.state["tasks"] += 1
+        counts["kept"] += sum(number for _, number in batch.kept.values())
+        counts["dropped"] = _sum(counts["dropped"], batch.dropped)
+        self.state["notes"] = _sum(self.state["notes"], batch.notes)
         self.state["input_bytes"] += batch.input_bytes
+
+
+def _sum(counts: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    return dict(sorted((Counter(counts) + Counter(more)).items()))
 
 
 def summary(index: dict[str, Any]) -> str:

@@ -76,7 +76,7 @@ def extract_block(block: Block, templates: tuple[str, ...] = ()) -> Batch:
             batch.dropped[found] += 1
         else:
             lines.append(encode_document(found))
-    batch.lines, batch.documents = b"".join(lines), len(lines)
+    batch.kept["wikipedia"] = b"".join(lines), len(lines)
     return batch
 
 
