@@ -74,7 +74,7 @@ class Plan:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the shards, or go on making them; ValueError says what is wrong with the arguments or the input."""
+    """Make the shards, or go on making them; ValueError says what is wrong with arguments or input."""
     plan = make_plan(args)
     plan.out.mkdir(parents=True, exist_ok=True)
     with Journal(plan.out, plan.settings, SPLITS) as journal:
