@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import rensa
+import rensa  # type: ignore[import-untyped]
 
 from data_prep.files import whole_file
 
