@@ -205,9 +205,10 @@ def train_batches(samples: Samples, consumed: int, batch_size: int, micro: int, 
 
 
 def validation_batches(samples: Samples, limit: int, micro: int, rank: int, world_size: int) -> Iterator[Batch]:
-    """This rank's part of the first `limit` validation samples, the same samples and masks at every validation."""
-    first, last = (min(limit, len(samples)) * r // world_size for r in (rank, rank + 1))
-    return iter(_loader(samples, (np.arange(s, min(s + micro, last)) for s in range(first, last, micro))))
+    """This rank's part of at most `limit` validation samples, spread over all: the same samples and masks at every validation."""
+    number = min(limit, len(samples))
+    chosen = np.arange(number * rank // world_size, number * (rank + 1) // world_size) * len(samples) // number
+    return iter(_loader(samples, (chosen[s : s + micro] for s in range(0, len(chosen), micro))))
 
 
 def _loader(samples: Samples, positions: Iterator[Ints]) -> DataLoader[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,12 +39,14 @@ def run_command(module: str, *arguments: str) -> None:
     """Run `python -m module arguments...`, shown to the user first. Raises CommandFailed with its exit code."""
     print(f"\n$ python -m {module} {' '.join(arguments)}", flush=True)
     process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.DEVNULL if module == "distill" else None)
-    while True:
+    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    code = None
+    while code is None:
         try:
             code = process.wait()
-            break
         except KeyboardInterrupt:  # the terminal sent it to the command as well: let that save and leave
             continue
+    signal.signal(signal.SIGTERM, previous)
     if code:
         raise CommandFailed(code if code > 0 else 128 - code)
 

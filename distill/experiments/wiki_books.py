@@ -19,7 +19,7 @@ from typing import Any
 from distill.experiments.arms import Arm, CommandFailed, plot, run_command, save_results, steps_to, table, train_arm
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SEQUENCE_LENGTH, VOCAB_SIZE = "64", "1024"
+SEQUENCE_LENGTH, VOCAB_SIZE = "64", "2048"
 COLUMNS = {"hard": "validation loss", "accuracy": "top-1", "steps_to_hard": "steps to the hard labels' final loss", "minutes": "minutes"}
 
 
@@ -43,24 +43,26 @@ def prepare_data(out: Path, workers: int) -> Path:
     dumps = [str(p) for p in sorted((text / "wikipedia").glob("*.bz2"))]
     run_command("data_prep", "wikipedia", *dumps, "--out", str(out / "wikipedia"), *flags)
     run_command("data_prep", "books", str(text / "books"), "--out", str(out / "books"), *flags)
-    run_command("data_prep", "documents", str(out / "wikipedia"), str(out / "books"), "--out", str(out / "documents"), *flags)
-    run_command("data_prep", "tokenizer", str(out / "documents"), "--out", str(out / "tokenizer"), "--vocab-size", VOCAB_SIZE)
+    run_command("data_prep", "documents", str(out / "wikipedia"), str(out / "books"), "--out", str(out / "documents"),
+                "--validation-share", "0.04", *flags)  # fmt: skip
+    run_command("data_prep", "tokenizer", str(out / "documents"), "--out", str(out / "tokenizer"),
+                "--vocab-size", VOCAB_SIZE, "--model", "bpe")  # fmt: skip
     run_command("data_prep", "shards", str(out / "documents"), "--tokenizer", str(out / "tokenizer"), "--out", str(shards),
                 "--sequence-length", SEQUENCE_LENGTH, *flags)  # fmt: skip
     return shards
 
 
-def study(out: Path, seeds: list[int], workers: int) -> str:
-    """Run everything that is not done yet. Returns the table in Markdown."""
+def study(out: Path, seeds: list[int], workers: int, settings: list[str]) -> str:
+    """Run everything that is not done yet, all runs with `settings` on top. Returns the table in Markdown."""
     shards = prepare_data(out, workers)
     teacher_dir = out / "runs" / "teacher"
-    results: dict[str, list[Any]] = {"teacher": [timed(teacher_dir, CONFIGS / "demo_teacher.yaml", [f"data.shards={shards}"])]}
+    results: dict[str, list[Any]] = {"teacher": [timed(teacher_dir, CONFIGS / "demo_teacher.yaml", [f"data.shards={shards}", *settings])]}
     titles, folders = {"teacher": "teacher (its own run)"}, {}
     for arm in arms(teacher_dir / "trajectory"):
         titles[arm.name] = arm.title
         folders[arm.name] = [out / "runs" / f"{arm.name}_seed{seed}" for seed in seeds]
         results[arm.name] = [
-            timed(folder, CONFIGS / "demo_student.yaml", [f"data.shards={shards}", f"seed={seed}", *arm.settings])
+            timed(folder, CONFIGS / "demo_student.yaml", [f"data.shards={shards}", f"seed={seed}", *arm.settings, *settings])
             for seed, folder in zip(seeds, folders[arm.name])
         ]
     for arm_name, runs in folders.items():
@@ -85,9 +87,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("work/demo"), help="folder for text, shards, runs, table and picture")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the students: weights, sample order and masks")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that prepare the data")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for every run, e.g. engine.dtype=fp32")
     arguments = parser.parse_args()
     try:
-        found = study(arguments.out, arguments.seeds, arguments.workers)
+        found = study(arguments.out, arguments.seeds, arguments.workers, arguments.settings)
     except CommandFailed as failure:
         code = int(str(failure.code))
         print(f"stopped (exit code {code}); the same command goes on from there", file=sys.stderr)
