@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -211,8 +212,16 @@ def _parse_assignment(text: str, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{text!r}: the value is not YAML: {error}")
         return {}
     for name in reversed(key.split(".")):
-        nested = {name: nested}
+        nested = Inside({name: nested})
     return nested
+
+
+class Inside(dict[str, Any]):
+    """What a dotted key says: it changes one entry, where a written-out mapping replaces a setting that is a mapping."""
+
+
+def _plain(value: Any) -> Any:
+    return {key: _plain(v) for key, v in value.items()} if isinstance(value, dict) else value
 
 
 def _merge(target: Any, layer: dict[str, Any], prefix: str, problems: list[str]) -> None:
@@ -226,6 +235,9 @@ def _merge(target: Any, layer: dict[str, Any], prefix: str, problems: list[str])
             else:
                 problems.append(f"{prefix}{name} is a group of settings, got {value!r}; set e.g. {prefix}{name}.KEY=...")
         else:
+            before = getattr(target, name)
+            if isinstance(value, Inside) and isinstance(before, dict):
+                value = before | _plain(value)
             try:
                 setattr(target, name, coerce(value, hints[name]))
             except ValueError as error:
@@ -263,7 +275,8 @@ def coerce(value: Any, hint: Any) -> Any:
         return value
     elif hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-3 as text
+            if math.isfinite(number := float(value)):  # YAML reads 1e-3 as text
+                return number
         except ValueError:
             pass
     elif isinstance(hint, type) and type(value) is hint:
@@ -278,6 +291,14 @@ def _type_name(hint: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ checking
+
+
+SHARES = ("data.mask_rate", "data.mask_token_share", "data.random_token_share", "schedule.early_share", "optim.warmup_share",
+          "optim.decay_share", "optim.final_lr_share")  # fmt: skip
+POSITIVE = ("steps", "batch_size", "data.shuffle_window", "objective.chunk_rows", "schedule.speed", "save.every", "save.keep", "log.every",
+            "log.eval_every", "log.eval_samples", "optim.lr")  # fmt: skip
+NOT_NEGATIVE = ("micro_batch_size", "data.num_workers", "schedule.num_stages", "optim.clip", "optim.eps", "optim.weight_decay",
+                "save.trajectory_every", "save.trajectory_first")  # fmt: skip
 
 
 def check(config: Config) -> list[str]:
@@ -296,37 +317,16 @@ def check(config: Config) -> list[str]:
 
 
 def _rules(c: Config) -> list[tuple[bool, str]]:
-    shares = {
-        "data.mask_rate": c.data.mask_rate,
-        "data.mask_token_share": c.data.mask_token_share,
-        "data.random_token_share": c.data.random_token_share,
-        "schedule.early_share": c.schedule.early_share,
-        "optim.warmup_share": c.optim.warmup_share,
-        "optim.decay_share": c.optim.decay_share,
-        "optim.final_lr_share": c.optim.final_lr_share,
-    }
-    positive = {
-        "steps": c.steps,
-        "batch_size": c.batch_size,
-        "data.shuffle_window": c.data.shuffle_window,
-        "objective.chunk_rows": c.objective.chunk_rows,
-        "schedule.speed": c.schedule.speed,
-        "save.every": c.save.every,
-        "save.keep": c.save.keep,
-        "log.every": c.log.every,
-        "log.eval_every": c.log.eval_every,
-        "log.eval_samples": c.log.eval_samples,
-        "optim.lr": c.optim.lr,
-    }
+    at = {key: value for key, _, value in fields_of(c)}
     needs_teacher = any(name != "hard" for name in c.objective.weights)
     kind, stage = c.schedule.kind, c.schedule
     return [
-        *[(0 <= v <= 1, f"{k} must lie in 0 to 1, got {v}") for k, v in shares.items()],
-        *[(v > 0, f"{k} must be above 0, got {v}") for k, v in positive.items()],
+        *[(0 <= at[k] <= 1, f"{k} must lie in 0 to 1, got {at[k]}") for k in SHARES],
+        *[(at[k] > 0, f"{k} must be above 0, got {at[k]}") for k in POSITIVE],
+        *[(at[k] >= 0, f"{k} must not be negative, got {at[k]}") for k in NOT_NEGATIVE],
+        *[(0 <= at[k] < 1, f"{k} must be at least 0 and below 1, got {at[k]}") for k in ("optim.beta1", "optim.beta2")],
         (bool(c.run_dir), "run_dir is not set: give the run a folder, e.g. run_dir=runs/student"),
         (bool(c.data.shards), "data.shards is not set: make shards with `python -m data_prep shards`"),
-        (c.micro_batch_size >= 0, f"micro_batch_size must not be negative, got {c.micro_batch_size}"),
-        (c.optim.clip >= 0, f"optim.clip must not be negative, got {c.optim.clip}"),
         (
             c.data.mask_token_share + c.data.random_token_share <= 1,
             "data.mask_token_share + data.random_token_share must not pass 1, got "
@@ -350,7 +350,11 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
         (kind != "explicit" or bool(stage.stages), "schedule.kind=explicit needs schedule.stages=[[step, teacher step], ...]"),
         (kind != "n_t" or stage.stage_steps > 0, "schedule.kind=n_t needs schedule.stage_steps above 0"),
         (kind == "two_shot" or len(stage.checkpoints) != 1 or kind == "one_shot", "schedule.checkpoints has one entry: use kind=one_shot"),
-        (stage.num_stages >= 0, f"schedule.num_stages must not be negative, got {stage.num_stages}"),
+        (all(len(pair) == 2 for pair in stage.stages), f"schedule.stages must be pairs [student step, teacher step], got {stage.stages}"),
+        (
+            not c.save.trajectory_first or c.save.trajectory_every > 0,
+            "save.trajectory_first needs save.trajectory_every, the steps between the later checkpoints",
+        ),
     ]
 
 
