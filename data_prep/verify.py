@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import webdataset
+from webdataset import tariterators
 
 from data_prep.encoding import load_tokenizer
 from data_prep.parallel import default_workers, ordered_map
@@ -161,8 +162,10 @@ def _read_samples(task: _Task, report: _Report) -> None:
 
 
 def _webdataset(path: Path) -> Iterator[dict]:
-    # an absolute path is no URL: webdataset would take "pipe:..." for a command
-    return iter(webdataset.WebDataset(str(path.resolve()), shardshuffle=False, empty_check=False).decode())
+    """The stages of `WebDataset(path).decode()`, on a file that we close (it leaves its own open)."""
+    with open(path, "rb") as stream:
+        members = tariterators.tar_file_expander([{"url": str(path), "stream": stream}])
+        yield from webdataset.filters.decode()(tariterators.group_by_keys(members))
 
 
 def _sample_fault(sample: dict, task: _Task, number: int) -> str | None:

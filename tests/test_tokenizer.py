@@ -3,8 +3,6 @@ out of text.
 """
 
 import json
-import pydoc_data.topics
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,10 +13,8 @@ from transformers import AutoTokenizer, BertTokenizer
 from data_prep.__main__ import main
 from data_prep.encoding import load_tokenizer, slices
 from data_prep.files import write_json
-from data_prep.parts import encode_document, write_part
+from tests.shard_folders import TOPICS, train_tokenizer, write_documents
 
-# half a megabyte of real English that every Python brings along
-TOPICS = [text for _, text in sorted(pydoc_data.topics.topics.items())]
 AWKWARD = [
     " leading space",
     "two  spaces   three",
@@ -38,38 +34,16 @@ AWKWARD = [
 SPECIALS_IN_TEXT = "</s> <s> <mask><pad> <unk> x</s>y <0x41> <mask>"
 
 
-def write_documents(
-    folder: Path, texts: Iterable[str], split: str = "train", documents_per_part: int = 20
-) -> Path:
-    """A documents folder as the documents stage leaves it."""
-    folder.mkdir(parents=True)
-    lines = [
-        encode_document({"id": str(n), "source": "test", "title": "", "text": text})
-        for n, text in enumerate(texts)
-    ]
-    parts: list[dict[str, object]] = []
-    for start in range(0, len(lines), documents_per_part):
-        chunk = lines[start : start + documents_per_part]
-        parts.append(write_part(folder / f"{split}-{len(parts):05d}.jsonl.zst", b"".join(chunk), len(chunk)))
-    counts = {"in": len(lines), "kept": len(lines), "dropped": {}}
-    write_json(folder / "index.json", {"schema": 1, "stage": "documents", "counts": counts, "parts": parts})
-    return folder
-
-
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_documents(tmp_path_factory.mktemp("text") / "documents", TOPICS)
+    return write_documents(tmp_path_factory.mktemp("text") / "documents", train=TOPICS)
 
 
 @pytest.fixture(scope="module", params=["unigram", "bpe"])
 def folder(request: pytest.FixtureRequest, documents: Path) -> Path:
     out = documents.parent / request.param
-    assert train(documents, out, "--model", request.param) == 0
+    assert train_tokenizer(documents, out, "--model", request.param) == 0
     return out
-
-
-def train(documents: Path, out: Path, *more: str) -> int:
-    return main(["tokenizer", str(documents), "--out", str(out), "--vocab-size", "2000", *more])
 
 
 def test_special_ids_and_identity_are_recorded(folder: Path) -> None:
@@ -126,7 +100,7 @@ def test_special_tokens_spelled_in_a_text_stay_text(folder: Path) -> None:
 
 
 def test_same_documents_give_the_same_files_in_any_order(folder: Path, tmp_path: Path) -> None:
-    other = write_documents(tmp_path / "documents", TOPICS[:50])
+    other = write_documents(tmp_path / "documents", train=TOPICS[:50])
     both = [folder.parent / "documents", other]
     results = []
     for name, order in (("a", both), ("b", both[::-1])):
@@ -139,26 +113,26 @@ def test_same_documents_give_the_same_files_in_any_order(folder: Path, tmp_path:
 
 
 def test_the_sample_is_bounded(documents: Path, tmp_path: Path) -> None:
-    assert train(documents, tmp_path / "small", "--sample-megabytes", "0.2", "--model", "bpe") == 0
+    assert train_tokenizer(documents, tmp_path / "small", "--sample-megabytes", "0.2", "--model", "bpe") == 0
     assert load_tokenizer(tmp_path / "small").info != load_tokenizer_of(documents, "bpe", tmp_path)
 
 
 def load_tokenizer_of(documents: Path, model: str, tmp_path: Path) -> object:
-    assert train(documents, tmp_path / "whole", "--model", model) == 0
+    assert train_tokenizer(documents, tmp_path / "whole", "--model", model) == 0
     return load_tokenizer(tmp_path / "whole").info
 
 
 def test_a_finished_folder_is_kept_and_another_run_refused(
     folder: Path, documents: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(documents, folder, "--model", folder.name) == 0
+    assert train_tokenizer(documents, folder, "--model", folder.name) == 0
     assert "is complete" in capsys.readouterr().err
-    assert train(documents, folder, "--model", folder.name, "--sample-megabytes", "1") == 2
+    assert train_tokenizer(documents, folder, "--model", folder.name, "--sample-megabytes", "1") == 2
     assert "its sample_megabytes is 200, now 1.0" in capsys.readouterr().err
 
 
 def test_a_changed_model_file_is_refused(documents: Path, tmp_path: Path) -> None:
-    assert train(documents, tmp_path / "t", "--model", "bpe") == 0
+    assert train_tokenizer(documents, tmp_path / "t", "--model", "bpe") == 0
     path = tmp_path / "t" / "tokenizer.model"
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(ValueError, match="tokenizer.model has changed"):
@@ -175,8 +149,8 @@ def test_impossible_vocabulary_sizes_are_refused(
 
 
 def test_documents_without_text_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    empty = write_documents(tmp_path / "documents", [])
-    assert train(empty, tmp_path / "t") == 2
+    empty = write_documents(tmp_path / "documents", validation=TOPICS[:1])
+    assert train_tokenizer(empty, tmp_path / "t") == 2
     assert "has no train parts" in capsys.readouterr().err
 
 
