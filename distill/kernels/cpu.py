@@ -1,7 +1,9 @@
 """The C++ operator of csrc: loads the library and gives it shapes for tracing and a backward.
 
 The gradient with respect to the student's logits is made together with the loss, while a row is in the cache;
-backward only scales it. Neither pair of logits is kept for backward.
+neither pair of logits is kept for backward. Backward only scales the gradient, in place: a fresh tensor would
+cost more in page faults than all the maths. So backward runs once: with retain_graph=True, a second one gets
+PyTorch's error about a tensor modified in place.
 """
 
 from __future__ import annotations
@@ -54,20 +56,51 @@ def cpu_divergence(
     student_NV: Tensor, teacher_NV: Tensor | None, labels_N: Tensor | None, terms: Terms
 ) -> Divergence:
     """Same arguments and result as `distill.kernels.divergence`, already checked."""
-    loss, sums, counts, _ = torch.ops.distill.divergence(
+    loss, sums, counts = _Differentiable.apply(
         student_NV,
         None if teacher_NV is None else teacher_NV.detach(),
         labels_N,
-        terms.kl_weight * terms.kl_scale,
-        terms.hard_weight,
-        terms.teacher_temperature,
-        terms.student_temperature,
-        terms.vocab_size,
+        terms,
         student_NV.requires_grad and torch.is_grad_enabled(),
     )
-    kl, soft_ce, hard = sums.detach().unbind()
+    kl, soft_ce, hard = sums.unbind()
     num_correct, num_rows = counts.unbind()
     return Divergence(loss, kl, soft_ce, hard, num_correct, num_rows)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The operator as a function of the student's logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor | None,
+        terms: Terms,
+        want_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, sums, counts, grad_NV = torch.ops.distill.divergence(
+            student,
+            teacher,
+            labels,
+            terms.kl_weight * terms.kl_scale,
+            terms.hard_weight,
+            terms.teacher_temperature,
+            terms.student_temperature,
+            terms.vocab_size,
+            want_grad,
+        )
+        ctx.save_for_backward(grad_NV)
+        ctx.mark_non_differentiable(sums, counts)
+        return loss, sums, counts
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_NV,) = ctx.saved_tensors
+        # A compiled graph may not change what it saved; it plans its memory itself.
+        is_compiling = torch.compiler.is_compiling()
+        return (grad_NV * loss_grad if is_compiling else grad_NV.mul_(loss_grad)), None, None, None, None
 
 
 def _fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -81,20 +114,5 @@ def _fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(
-        False
-    )  # or autograd would fill a tensor [N, V] with zeros for the unused output
-    ctx.num_inputs = len(inputs)
-    ctx.save_for_backward(output[3])
-
-
-def _backward(ctx: Any, loss_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    (grad_NV,) = ctx.saved_tensors
-    scaled = None if loss_grad is None else grad_NV * loss_grad
-    return (scaled,) + (None,) * (ctx.num_inputs - 1)
-
-
 if not load_problem:
     torch.library.register_fake("distill::divergence", _fake)
-    torch.library.register_autograd("distill::divergence", _backward, setup_context=_setup_context)
