@@ -15,38 +15,65 @@ from distill.signals import catch_stop_signals
 TRAIN_HELP = """keys (defaults < YAML files < key=value):
 {keys}
 
-A ramp is a number or a list of [share of the budget, value]. Exit codes: 0 done, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1
+A ramp is a number or a list of [share of the budget, value].
+Exit codes: 0 done, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1
 (saved; the same command goes on).
 
-example: distill train configs/student.yaml run_dir=runs/student teacher.trajectory=runs/teacher/trajectory schedule.kind=two_shot"""
+example: distill train student.yaml run_dir=runs/student teacher.trajectory=runs/teacher/trajectory schedule.kind=equal"""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="distill", description="Pre-train a small language model from a teacher's trajectory.")
+    parser = argparse.ArgumentParser(
+        prog="distill", description="Pre-train a small language model from a teacher's trajectory."
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher passes it; the environment says it too
     commands = parser.add_subparsers(dest="command", required=True)
     raw = argparse.RawDescriptionHelpFormatter
 
-    train = commands.add_parser("train", help="train a teacher or a student", formatter_class=raw, epilog=TRAIN_HELP.format(keys=help_text()))
-    train.add_argument("settings", nargs="*", metavar="FILE.yaml | key=value", help="YAML files and assignments, later ones win")
-    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it; the environment says it too
+    train = commands.add_parser(
+        "train",
+        help="train a teacher or a student",
+        formatter_class=raw,
+        epilog=TRAIN_HELP.format(keys=help_text()),
+    )
+    train.add_argument(
+        "settings",
+        nargs="*",
+        metavar="FILE.yaml | key=value",
+        help="YAML files and assignments, later ones win",
+    )
 
     export = commands.add_parser("export", help="write a run's newest weights as a Hugging Face folder")
     export.add_argument("run_dir", type=Path, help="folder of the run")
     export.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
 
-    evaluate = commands.add_parser("eval", help="validation loss (nats a token), top-1 and perplexity of a Hugging Face folder")
+    evaluate = commands.add_parser(
+        "eval", help="validation loss (nats a token), top-1 and perplexity of a Hugging Face folder"
+    )
     evaluate.add_argument("model", type=Path, help="folder of the model, e.g. runs/student/model")
-    evaluate.add_argument("settings", nargs="*", metavar="key=value", help="at least data.shards=FOLDER; see `distill train --help`")
+    evaluate.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="at least data.shards=FOLDER; see `distill train --help`",
+    )
 
     trajectory = commands.add_parser("trajectory", help="a teacher's checkpoints as one object")
     actions = trajectory.add_subparsers(dest="action", required=True)
-    index = actions.add_parser("index", help="write the manifest of a folder of checkpoints (step_N, stepN, checkpoint-N, ...)")
+    index = actions.add_parser(
+        "index", help="write the manifest of a folder of checkpoints (step_N, stepN, checkpoint-N, ...)"
+    )
     index.add_argument("folder", type=Path)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Call the one function behind the command. Imports are here because torch takes seconds and --help should not."""
+    """Call the one function behind the command.
+
+    Imports are here because torch takes seconds and --help should not.
+    """
     if arguments.command == "train":
         files = [s for s in arguments.settings if "=" not in s]
         config = load_config(files, [s for s in arguments.settings if "=" in s])
@@ -65,7 +92,9 @@ def run(arguments: argparse.Namespace) -> None:
         from distill.trajectory.manifest import index_folder
 
         manifest = index_folder(arguments.folder)
-        print(f"{manifest.family}: {len(manifest.checkpoints)} checkpoints, steps {list(manifest.checkpoints)}")
+        print(
+            f"{manifest.family}: {len(manifest.checkpoints)} checkpoints, steps {list(manifest.checkpoints)}"
+        )
 
 
 def report(result: dict[str, object]) -> None:

@@ -1,4 +1,7 @@
-"""Everything that decides the next step, saved as one unit; the trajectory a teacher run leaves; export of a model."""
+"""Everything that decides the next step, saved as one unit; the trajectory a teacher run leaves;
+
+export of a model.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ STATE = "state.json"  # written last inside a checkpoint: a folder without it is
 class TrainState:
     """Where a run stands: with the weights, the optimizer and the config this decides all that follows.
 
-    The teacher, its temperature, the learning rate, the sample order and the masks are functions of `consumed`.
+    The teacher, its temperature, the learning rate, the sample order and the masks are functions of
+    `consumed`.
     window: sums since the last metrics row, so that a resumed run writes the same rows.
     """
 
@@ -34,8 +38,11 @@ class TrainState:
     window: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def save(folder: Path, engine: Engine, state: TrainState, world: World, keep: int) -> None:
-    """Save a resumable checkpoint of the run in `folder`, then drop all but the newest `keep`. Collective."""
+def save(folder: Path, engine: Engine, state: TrainState, data: str, world: World, keep: int) -> None:
+    """Save a resumable checkpoint of the run in `folder`, then drop all but the newest `keep`. Collective.
+
+    data: fingerprint of the samples it was trained on.
+    """
     final = folder / "checkpoints" / f"step_{state.step:08d}"
     if final.exists():
         return
@@ -43,7 +50,10 @@ def save(folder: Path, engine: Engine, state: TrainState, world: World, keep: in
     engine.save(temporary)
     barrier(world)
     if world.is_main:
-        write_text(temporary / STATE, json.dumps({**dataclasses.asdict(state), "world_size": world.size}))
+        write_text(
+            temporary / STATE,
+            json.dumps({**dataclasses.asdict(state), "world_size": world.size, "data": data}),
+        )
         publish_folder(temporary, final)
         for old in saved_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
@@ -55,11 +65,12 @@ def saved_checkpoints(folder: Path) -> list[Path]:
     return sorted(p.parent for p in (folder / "checkpoints").glob(f"step_????????/{STATE}"))
 
 
-def resume(folder: Path, engine: Engine, world: World) -> TrainState:
-    """Bring `engine` to the newest checkpoint of the run and return where that stood; a fresh state if there is none. Collective.
+def resume(folder: Path, engine: Engine, data: str, world: World) -> TrainState:
+    """Bring `engine` to the newest checkpoint of the run and return where that stood; a fresh state if there
+    is none. Collective.
 
     Raises:
-        ValueError: the checkpoint was written by another number of ranks.
+        ValueError: the checkpoint was written by another number of ranks, or after training on other data.
     """
     if world.is_main:
         for half_written in (folder / "checkpoints").glob("*.tmp"):
@@ -71,7 +82,13 @@ def resume(folder: Path, engine: Engine, world: World) -> TrainState:
         return TrainState()
     content = json.loads((found[-1] / STATE).read_text(encoding="utf-8"))
     if (ranks := content.pop("world_size")) != world.size:
-        raise ValueError(f"{found[-1]} was written by {ranks} ranks, this run has {world.size}: start it with {ranks}")
+        raise ValueError(
+            f"{found[-1]} was written by {ranks} ranks, this run has {world.size}: start it with {ranks}"
+        )
+    if content.pop("data") != data:
+        raise ValueError(
+            f"{found[-1]} was trained on other samples than data.shards holds now: go back to those shards or choose another run_dir"
+        )
     engine.load(found[-1])
     return TrainState(**content)
 
@@ -79,8 +96,13 @@ def resume(folder: Path, engine: Engine, world: World) -> TrainState:
 # ------------------------------------------------------------------------------------------------ trajectory
 
 
-def save_to_trajectory(manifest: Manifest, model: PreTrainedModel, tokenizer: Path, state: TrainState, loss: float, world: World) -> None:
-    """Add the model as it is now to the run's trajectory: a Hugging Face folder first, then its line in the manifest."""
+def save_to_trajectory(
+    manifest: Manifest, model: PreTrainedModel, tokenizer: Path, state: TrainState, loss: float, world: World
+) -> None:
+    """Add the model as it is now to the run's trajectory:
+
+    a Hugging Face folder first, then its line in the manifest.
+    """
     if world.is_main:
         final = manifest.root / f"step_{state.step:08d}"
         if final.exists():  # a resumed run comes here again, with the same weights
@@ -91,7 +113,10 @@ def save_to_trajectory(manifest: Manifest, model: PreTrainedModel, tokenizer: Pa
 
 
 def export(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
-    """A folder that `AutoModel*.from_pretrained` and `AutoTokenizer.from_pretrained` open; it appears whole or not at all."""
+    """A folder that `AutoModel*.from_pretrained` and `AutoTokenizer.from_pretrained` open;
+
+    it appears whole or not at all.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     if temporary.exists():
         shutil.rmtree(temporary)

@@ -1,7 +1,9 @@
 """What a run is made of: small typed dataclasses, merged as defaults < YAML files < `key=value`.
 
-Every problem is reported at once, with the nearest valid name. Imports no torch, so that launch tools can read a config in milliseconds.
-A *ramp* is a number, or a list of [share, value] points: share is the share of the run's budget (0 to 1), values in between are linear.
+Every problem is reported at once, with the nearest valid name. Imports no torch, so that launch tools can
+read a config in milliseconds.
+A *ramp* is a number, or a list of [share, value] points: share is the share of the run's budget (0 to 1),
+values in between are linear.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
-        super().__init__("the config has " + f"{len(problems)} problem(s):\n" + "\n".join(f"  - {p}" for p in problems))
+        super().__init__(
+            "the config has " + f"{len(problems)} problem(s):\n" + "\n".join(f"  - {p}" for p in problems)
+        )
 
 
 def _opt(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -45,7 +49,9 @@ class DataConfig:
     mask_rate: float = _opt(0.15, "MLM: share of the tokens that are predicted, 0 to 1")
     mask_token_share: float = _opt(0.8, "MLM: share of the predicted tokens replaced by <mask>")
     random_token_share: float = _opt(0.1, "MLM: share of the predicted tokens replaced by a random token")
-    isolate_documents: bool = _opt(False, "no attention across documents in a sequence; positions restart at each")
+    isolate_documents: bool = _opt(
+        False, "no attention across documents in a sequence; positions restart at each"
+    )
     shuffle_window: int = _opt(65536, "samples shuffled together; 1 keeps the order of the shards")
     num_workers: int = _opt(0, "reader processes a rank; 0 reads in the training process")
 
@@ -63,7 +69,9 @@ class ModelConfig:
 class TeacherConfig:
     """The teacher's trajectory; none for training on hard labels."""
 
-    trajectory: str = _opt("", "folder with manifest.json (see `distill trajectory index`); empty: no teacher")
+    trajectory: str = _opt(
+        "", "folder with manifest.json (see `distill trajectory index`); empty: no teacher"
+    )
     dtype: str = _opt("bf16", "dtype of the frozen teacher's weights", ("bf16", "fp32"))
 
 
@@ -90,8 +98,12 @@ class ScheduleConfig:
 class ObjectiveConfig:
     """What is minimised."""
 
-    weights: dict[str, Ramp] = _opt({}, "weight (a ramp) of each: forward_kl, hard; empty: all on forward_kl with a teacher, else on hard")
-    temperature: Ramp = _opt(1.0, "softmax temperature, a ramp; below 1e-4 the teacher's arg-max is the label")
+    weights: dict[str, Ramp] = _opt(
+        {}, "weight (a ramp) of each: forward_kl, hard; empty: all on forward_kl with a teacher, else on hard"
+    )
+    temperature: Ramp = _opt(
+        1.0, "softmax temperature, a ramp; below 1e-4 the teacher's arg-max is the label"
+    )
     temperature_on: str = _opt("teacher", "whose logits the temperature divides", ("teacher", "both"))
     temperature_squared: bool = _opt(False, "multiply the divergence by temperature^2")
     chunk_rows: int = _opt(4096, "rows whose logits are alive at once")
@@ -109,7 +121,11 @@ class OptimConfig:
     weight_decay: float = _opt(0.0, "AdamW; never on biases and norms")
     clip: float = _opt(1.0, "largest global gradient norm; 0: no clipping")
     warmup_share: float = _opt(0.06, "share of the budget with linear warm-up")
-    decay: str = _opt("cosine", "after the warm-up: cosine, wsd (flat, then linear) or constant", ("cosine", "wsd", "constant"))
+    decay: str = _opt(
+        "cosine",
+        "after the warm-up: cosine, wsd (flat, then linear) or constant",
+        ("cosine", "wsd", "constant"),
+    )
     decay_share: float = _opt(0.2, "wsd: share of the budget that decays")
     final_lr_share: float = _opt(0.0, "learning rate at the end, as a share of lr")
 
@@ -119,7 +135,9 @@ class EngineConfig:
     """How DeepSpeed holds the student."""
 
     zero_stage: int = _opt(1, "DeepSpeed ZeRO stage: 0, 1 or 2")
-    dtype: str = _opt("bf16", "dtype of weights and activations; the optimizer's copy is fp32", ("bf16", "fp32"))
+    dtype: str = _opt(
+        "bf16", "dtype of weights and activations; the optimizer's copy is fp32", ("bf16", "fp32")
+    )
 
 
 @dataclass
@@ -128,8 +146,12 @@ class SaveConfig:
 
     every: int = _opt(500, "steps between resumable checkpoints")
     keep: int = _opt(2, "resumable checkpoints kept")
-    trajectory_every: int = _opt(0, "steps between checkpoints of the trajectory (a teacher run); 0: none is left")
-    trajectory_first: int = _opt(0, "first checkpoint of the trajectory; doubled until trajectory_every; 0: no log-spaced start")
+    trajectory_every: int = _opt(
+        0, "steps between checkpoints of the trajectory (a teacher run); 0: none is left"
+    )
+    trajectory_first: int = _opt(
+        0, "first checkpoint of the trajectory; doubled until trajectory_every; 0: no log-spaced start"
+    )
 
 
 @dataclass
@@ -143,7 +165,10 @@ class LogConfig:
 
 @dataclass
 class Config:
-    """One run. `batch_size`, `micro_batch_size` are in sequences; the first is global, the second on one rank."""
+    """One run. `batch_size`, `micro_batch_size` are in sequences;
+
+    the first is global, the second on one rank.
+    """
 
     run_dir: str = _opt("", "folder of the run; the same command goes on where it stopped")
     seed: int = _opt(0, "of weights, sample order and masks")
@@ -169,7 +194,8 @@ class Config:
 
 
 def load_config(files: list[str | Path], assignments: list[str]) -> Config:
-    """Merge defaults < YAML `files` in order < `key=value` assignments (`a.b=value`, value in YAML), and check the whole.
+    """Merge defaults < YAML `files` in order < `key=value` assignments (`a.b=value`, value in YAML), and
+    check the whole.
 
     Raises:
         ConfigError: unknown keys, wrong types, values out of range and contradictions, all at once.
@@ -217,7 +243,10 @@ def _parse_assignment(text: str, problems: list[str]) -> dict[str, Any]:
 
 
 class Inside(dict[str, Any]):
-    """What a dotted key says: it changes one entry, where a written-out mapping replaces a setting that is a mapping."""
+    """What a dotted key says:
+
+    it changes one entry, where a written-out mapping replaces a setting that is a mapping.
+    """
 
 
 def _plain(value: Any) -> Any:
@@ -233,7 +262,9 @@ def _merge(target: Any, layer: dict[str, Any], prefix: str, problems: list[str])
             if isinstance(value, dict):
                 _merge(getattr(target, name), value, f"{prefix}{name}.", problems)
             else:
-                problems.append(f"{prefix}{name} is a group of settings, got {value!r}; set e.g. {prefix}{name}.KEY=...")
+                problems.append(
+                    f"{prefix}{name} is a group of settings, got {value!r}; set e.g. {prefix}{name}.KEY=..."
+                )
         else:
             before = getattr(target, name)
             if isinstance(value, Inside) and isinstance(before, dict):
@@ -302,7 +333,10 @@ NOT_NEGATIVE = ("micro_batch_size", "data.num_workers", "schedule.num_stages", "
 
 
 def check(config: Config) -> list[str]:
-    """Every value out of range and every contradiction in `config`, as lines for the user; empty when it is sound."""
+    """Every value out of range and every contradiction in `config`, as lines for the user;
+
+    empty when it is sound.
+    """
     problems = [
         f"{key} must be one of {', '.join(f.metadata['choices'])}, got {value!r}"
         for key, f, value in fields_of(config)
@@ -324,7 +358,10 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
         *[(0 <= at[k] <= 1, f"{k} must lie in 0 to 1, got {at[k]}") for k in SHARES],
         *[(at[k] > 0, f"{k} must be above 0, got {at[k]}") for k in POSITIVE],
         *[(at[k] >= 0, f"{k} must not be negative, got {at[k]}") for k in NOT_NEGATIVE],
-        *[(0 <= at[k] < 1, f"{k} must be at least 0 and below 1, got {at[k]}") for k in ("optim.beta1", "optim.beta2")],
+        *[
+            (0 <= at[k] < 1, f"{k} must be at least 0 and below 1, got {at[k]}")
+            for k in ("optim.beta1", "optim.beta2")
+        ],
         (bool(c.run_dir), "run_dir is not set: give the run a folder, e.g. run_dir=runs/student"),
         (bool(c.data.shards), "data.shards is not set: make shards with `python -m data_prep shards`"),
         (
@@ -337,7 +374,10 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             not (c.engine.zero_stage == 0 and c.engine.dtype == "bf16"),
             "engine.zero_stage=0 with bf16 takes a wrong first Adam step in DeepSpeed; use zero_stage=1, which costs the same",
         ),
-        *[(name in OBJECTIVES, f"objective.weights.{name} is unknown{_nearest_of(name, OBJECTIVES)}") for name in c.objective.weights],
+        *[
+            (name in OBJECTIVES, f"objective.weights.{name} is unknown{_nearest_of(name, OBJECTIVES)}")
+            for name in c.objective.weights
+        ],
         (
             bool(c.teacher.trajectory) or not needs_teacher,
             "objective.weights names a teacher's objective but teacher.trajectory is not set; "
@@ -347,10 +387,19 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             not c.teacher.trajectory or needs_teacher,
             "teacher.trajectory is set but objective.weights only has `hard`: the teacher would run for nothing",
         ),
-        (kind != "explicit" or bool(stage.stages), "schedule.kind=explicit needs schedule.stages=[[step, teacher step], ...]"),
+        (
+            kind != "explicit" or bool(stage.stages),
+            "schedule.kind=explicit needs schedule.stages=[[step, teacher step], ...]",
+        ),
         (kind != "n_t" or stage.stage_steps > 0, "schedule.kind=n_t needs schedule.stage_steps above 0"),
-        (kind == "two_shot" or len(stage.checkpoints) != 1 or kind == "one_shot", "schedule.checkpoints has one entry: use kind=one_shot"),
-        (all(len(pair) == 2 for pair in stage.stages), f"schedule.stages must be pairs [student step, teacher step], got {stage.stages}"),
+        (
+            kind == "two_shot" or len(stage.checkpoints) != 1 or kind == "one_shot",
+            "schedule.checkpoints has one entry: use kind=one_shot",
+        ),
+        (
+            all(len(pair) == 2 for pair in stage.stages),
+            f"schedule.stages must be pairs [student step, teacher step], got {stage.stages}",
+        ),
         (
             not c.save.trajectory_first or c.save.trajectory_every > 0,
             "save.trajectory_first needs save.trajectory_every, the steps between the later checkpoints",

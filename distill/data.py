@@ -1,11 +1,15 @@
-"""Samples in an order that is a pure function of (seed, epoch, index), masked by (seed, epoch, sample): ranks, workers and resume change nothing.
+"""Samples in an order that is a pure function of (seed, epoch, index), masked by (seed, epoch, sample):
+ranks, workers and resume change nothing.
 
-The only state is the number of consumed samples. Order: an epoch permutes blocks of neighbouring samples, then the samples inside windows of
-many blocks, so reads stay local while batches mix; both permutations are Feistel networks, computed where they are needed and never stored.
+The only state is the number of consumed samples. Order: an epoch permutes blocks of neighbouring samples,
+then the samples inside windows of
+many blocks, so reads stay local while batches mix; both permutations are Feistel networks, computed where
+they are needed and never stored.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +32,10 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass
 class Batch:
-    """One micro-batch. rows_N: int64 indices into the flattened [B*L] positions that count; labels_N: their int64 labels."""
+    """One micro-batch. rows_N: int64 indices into the flattened [B*L] positions that count; labels_N:
+
+    their int64 labels.
+    """
 
     inputs: Inputs
     rows_N: Tensor
@@ -49,7 +56,10 @@ class Batch:
 
 
 def mix(x: UInt64s) -> UInt64s:
-    """splitmix64's finaliser (Steele et al., OOPSLA 2014): a bijection of 64-bit words that passes statistical batteries."""
+    """splitmix64's finaliser (Steele et al., OOPSLA 2014):
+
+    a bijection of 64-bit words that passes statistical batteries.
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -64,7 +74,10 @@ def key_of(*parts: int) -> np.uint64:
 
 
 def permute(index: Ints, size: int, key: np.uint64) -> Ints:
-    """A pseudo-random permutation of range(size), evaluated at `index` (any shape): a 4-round Feistel network with cycle walking."""
+    """A pseudo-random permutation of range(size), evaluated at `index` (any shape):
+
+    a 4-round Feistel network with cycle walking.
+    """
     half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
     round_keys = mix(np.full(4, key) + np.arange(4, dtype=np.uint64))
@@ -80,7 +93,10 @@ def permute(index: Ints, size: int, key: np.uint64) -> Ints:
 
 
 def sample_ids(positions: Ints, num_samples: int, window: int, seed: int) -> tuple[Ints, Ints]:
-    """(epoch, sample id) of each position in the endless stream of samples. Every epoch visits every sample once."""
+    """(epoch, sample id) of each position in the endless stream of samples.
+
+    Every epoch visits every sample once.
+    """
     epochs, index = positions // num_samples, positions % num_samples
     ids = np.empty_like(index)
     for epoch in np.unique(epochs):
@@ -96,7 +112,9 @@ def _shuffle(index: Ints, num_samples: int, window: int, seed: int, epoch: int) 
     sizes = np.minimum(window, num_samples - start)
     for first in np.unique(start):  # a batch touches one or two windows
         here = start == first
-        index[here] = first + permute(index[here] - first, int(sizes[here][0]), key_of(seed, epoch, 1, int(first)))
+        index[here] = first + permute(
+            index[here] - first, int(sizes[here][0]), key_of(seed, epoch, 1, int(first))
+        )
     num_blocks = num_samples // BLOCK  # the samples after the last whole block stay in the last window
     whole = index < num_blocks * BLOCK
     block = permute(index[whole] // BLOCK, max(num_blocks, 1), key_of(seed, epoch, 2))
@@ -107,17 +125,28 @@ def _shuffle(index: Ints, num_samples: int, window: int, seed: int, epoch: int) 
 # ------------------------------------------------------------------------------------------------ questions
 
 
-def mask_tokens(tokens_BL: Ints, epochs_B: Ints, ids_B: Ints, config: DataConfig, tokenizer: TokenizerInfo, seed: int) -> tuple[Ints, Ints]:
-    """(masked tokens_BL, labels_BL) for masked language modelling (Devlin et al. 2019, section 3.1), by (seed, epoch, sample, position).
+def mask_tokens(
+    tokens_BL: Ints, epochs_B: Ints, ids_B: Ints, config: DataConfig, tokenizer: TokenizerInfo, seed: int
+) -> tuple[Ints, Ints]:
+    """(masked tokens_BL, labels_BL) for masked language modelling (Devlin et al. 2019, section 3.1), by
+    (seed, epoch, sample, position).
 
-    Special tokens are never predicted. Of the predicted ones mask_token_share become <mask>, random_token_share a random token, the rest stay.
+    Special tokens are never predicted. Of the predicted ones mask_token_share become <mask>,
+    random_token_share a random token, the rest stay.
     """
-    keys_B = np.array([key_of(seed, 3, int(e), int(i)) for e, i in zip(epochs_B, ids_B)], np.uint64)
-    words = mix(keys_B[:, None, None] + np.arange(3 * tokens_BL.shape[1], dtype=np.uint64).reshape(3, -1) * np.uint64(0x9E3779B97F4A7C15))
+    keys_B = np.array(
+        [key_of(seed, 3, int(e), int(i)) for e, i in zip(epochs_B, ids_B, strict=False)], np.uint64
+    )
+    words = mix(
+        keys_B[:, None, None]
+        + np.arange(3 * tokens_BL.shape[1], dtype=np.uint64).reshape(3, -1) * np.uint64(0x9E3779B97F4A7C15)
+    )
     choose, replace, fresh = (words[:, i] for i in range(3))
     uniform = np.float64(2.0**-64)
     specials = [tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id]
-    predicted = (choose * uniform < config.mask_rate) & ~np.isin(tokens_BL, [s for s in specials if s is not None])
+    predicted = (choose * uniform < config.mask_rate) & ~np.isin(
+        tokens_BL, [s for s in specials if s is not None]
+    )
     labels_BL = np.where(predicted, tokens_BL, IGNORE)
     how = replace * uniform
     masked = predicted & (how < config.mask_token_share)
@@ -127,7 +156,10 @@ def mask_tokens(tokens_BL: Ints, epochs_B: Ints, ids_B: Ints, config: DataConfig
 
 
 def next_tokens(tokens_BL: Ints, tokenizer: TokenizerInfo, isolate_documents: bool) -> Ints:
-    """labels_BL for causal language modelling: the following token; none after the end, before padding or, if isolated, across documents."""
+    """labels_BL for causal language modelling: the following token;
+
+    none after the end, before padding or, if isolated, across documents.
+    """
     labels_BL = np.full_like(tokens_BL, IGNORE)
     labels_BL[:, :-1] = tokens_BL[:, 1:]
     labels_BL[labels_BL == tokenizer.pad_id] = IGNORE
@@ -136,21 +168,30 @@ def next_tokens(tokens_BL: Ints, tokenizer: TokenizerInfo, isolate_documents: bo
     return labels_BL
 
 
-def attention(tokens_BL: Ints, tokenizer: TokenizerInfo, causal: bool, isolate_documents: bool) -> tuple[Tensor | None, Tensor | None]:
-    """(attention mask [B, 1, L, L] bool, True where a query sees a key; position ids [B, L]), or None where the model's own default serves."""
+def attention(
+    tokens_BL: Ints, tokenizer: TokenizerInfo, causal: bool, isolate_documents: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(attention mask [B, 1, L, L] bool, True where a query sees a key;
+
+    position ids [B, L]), or None where the model's own default serves.
+    """
     is_pad = tokens_BL == tokenizer.pad_id
     if not isolate_documents and not is_pad.any():
         return None, None
     ends = tokens_BL == tokenizer.eos_id
     documents_BL = np.cumsum(ends, axis=1) - ends if isolate_documents else np.zeros_like(tokens_BL)
-    documents_BL = np.where(is_pad, -1, documents_BL)  # padding sees padding: a query that sees nothing would give NaN
+    documents_BL = np.where(
+        is_pad, -1, documents_BL
+    )  # padding sees padding: a query that sees nothing would give NaN
     sees = documents_BL[:, :, None] == documents_BL[:, None, :]
     if causal:
         sees &= np.tri(tokens_BL.shape[1], dtype=bool)
     positions = None
     if isolate_documents:
         index = np.broadcast_to(np.arange(tokens_BL.shape[1]), tokens_BL.shape)
-        starts = np.maximum.accumulate(np.where(np.diff(documents_BL, axis=1, prepend=documents_BL[:, :1]) != 0, index, 0), axis=1)
+        starts = np.maximum.accumulate(
+            np.where(np.diff(documents_BL, axis=1, prepend=documents_BL[:, :1]) != 0, index, 0), axis=1
+        )
         positions = torch.from_numpy(index - starts)
     return torch.from_numpy(sees[:, None]), positions
 
@@ -168,28 +209,52 @@ class Samples(Dataset[Batch]):
         self.tokenizer = self.reader.index.tokenizer
         self.sequence_length = self.reader.index.sequence_length
         if config.task == "mlm" and self.tokenizer.mask_id is None:
-            raise ValueError(f"{config.shards}: its tokenizer has no mask token; task mlm needs one (or use data.task=clm)")
+            raise ValueError(
+                f"{config.shards}: its tokenizer has no mask token; task mlm needs one (or use data.task=clm)"
+            )
 
     def __len__(self) -> int:
         return len(self.reader)
+
+    @property
+    def fingerprint(self) -> str:
+        """Says whether two folders hold the same samples in the same order."""
+        shards = self.reader.index.splits[self.reader.split].shards
+        return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
 
     def __getitem__(self, positions: Ints) -> Batch:
         epochs_B, ids_B = sample_ids(positions, len(self), self.window, self.seed)
         tokens_BL = np.stack([self.reader[int(i)] for i in ids_B]).astype(np.int64)
         causal = self.config.task == "clm"
         if causal:
-            inputs_BL, labels_BL = tokens_BL, next_tokens(tokens_BL, self.tokenizer, self.config.isolate_documents)
+            inputs_BL, labels_BL = (
+                tokens_BL,
+                next_tokens(tokens_BL, self.tokenizer, self.config.isolate_documents),
+            )
         else:
-            inputs_BL, labels_BL = mask_tokens(tokens_BL, epochs_B, ids_B, self.config, self.tokenizer, self.seed)
+            inputs_BL, labels_BL = mask_tokens(
+                tokens_BL, epochs_B, ids_B, self.config, self.tokenizer, self.seed
+            )
         mask, position_ids_BL = attention(tokens_BL, self.tokenizer, causal, self.config.isolate_documents)
         labels = torch.from_numpy(labels_BL).flatten()
         rows_N = (labels != IGNORE).nonzero().squeeze(1)
         num_tokens = int((tokens_BL != self.tokenizer.pad_id).sum())
-        return Batch(Inputs(torch.from_numpy(inputs_BL), mask, position_ids_BL), rows_N, labels[rows_N], num_tokens, ids_B)
+        return Batch(
+            Inputs(torch.from_numpy(inputs_BL), mask, position_ids_BL),
+            rows_N,
+            labels[rows_N],
+            num_tokens,
+            ids_B,
+        )
 
 
-def micro_batch_positions(consumed: int, batch_size: int, micro: int, rank: int, world_size: int) -> Iterator[Ints]:
-    """Positions of this rank's micro-batches from `consumed` samples on, without end; rank r has the r-th share of every batch."""
+def micro_batch_positions(
+    consumed: int, batch_size: int, micro: int, rank: int, world_size: int
+) -> Iterator[Ints]:
+    """Positions of this rank's micro-batches from `consumed` samples on, without end;
+
+    rank r has the r-th share of every batch.
+    """
     share = batch_size // world_size
     while True:
         first = consumed + rank * share
@@ -198,16 +263,25 @@ def micro_batch_positions(consumed: int, batch_size: int, micro: int, rank: int,
         consumed += batch_size
 
 
-def train_batches(samples: Samples, consumed: int, batch_size: int, micro: int, rank: int, world_size: int) -> Iterator[Batch]:
+def train_batches(
+    samples: Samples, consumed: int, batch_size: int, micro: int, rank: int, world_size: int
+) -> Iterator[Batch]:
     """This rank's endless micro-batches after `consumed` samples of the run."""
     sampler = micro_batch_positions(consumed, batch_size, micro, rank, world_size)
     return iter(_loader(samples, sampler))
 
 
-def validation_batches(samples: Samples, limit: int, micro: int, rank: int, world_size: int) -> Iterator[Batch]:
-    """This rank's part of at most `limit` validation samples, spread over all: the same samples and masks at every validation."""
+def validation_batches(
+    samples: Samples, limit: int, micro: int, rank: int, world_size: int
+) -> Iterator[Batch]:
+    """This rank's part of at most `limit` validation samples, spread over all:
+
+    the same samples and masks at every validation.
+    """
     number = min(limit, len(samples))
-    chosen = np.arange(number * rank // world_size, number * (rank + 1) // world_size) * len(samples) // number
+    chosen = (
+        np.arange(number * rank // world_size, number * (rank + 1) // world_size) * len(samples) // number
+    )
     return iter(_loader(samples, (chosen[s : s + micro] for s in range(0, len(chosen), micro))))
 
 

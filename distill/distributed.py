@@ -28,12 +28,14 @@ class World:
 
 
 def ranks_from_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's or deepspeed's variables, else from an `srun` step, else (0, 1, 0).
+    """(rank, world size, local rank) from torchrun's or deepspeed's variables, else from an `srun` step, else
+    (0, 1, 0).
 
     Raises:
         ValueError: the launcher's world size and the SLURM step's number of tasks contradict each other.
     """
-    # Only inside an srun step do SLURM's task variables describe this process; in a batch shell they describe the allocation.
+    # Only inside an srun step do SLURM's task variables describe this process; in a batch shell they describe
+    # the allocation.
     in_step = "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "").isdigit()
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0))
@@ -55,8 +57,12 @@ def start() -> World:
     """
     rank, size, local_rank = ranks_from_environment(os.environ)
     if size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise ValueError(f"{size} ranks need MASTER_ADDR and MASTER_PORT in the environment (slurm/train.sbatch sets them)")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))  # deepspeed reads these
+        raise ValueError(
+            f"{size} ranks need MASTER_ADDR and MASTER_PORT in the environment (slurm/train.sbatch sets them)"
+        )
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank)
+    )  # deepspeed reads these
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -77,7 +83,10 @@ def sum_over_ranks(values: list[float], world: World) -> list[float]:
 
 
 def agree_on_stop(signal_number: int, world: World) -> int:
-    """The highest signal number any rank has received (0: none), so that all ranks save and leave after the same step."""
+    """The highest signal number any rank has received (0:
+
+    none), so that all ranks save and leave after the same step.
+    """
     if world.size == 1:
         return signal_number
     flag = torch.tensor(signal_number, device=world.device)

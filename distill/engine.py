@@ -1,4 +1,7 @@
-"""The student under DeepSpeed ZeRO: one engine on CPU and GPU, alone and on many nodes. The only importer of deepspeed."""
+"""The student under DeepSpeed ZeRO: one engine on CPU and GPU, alone and on many nodes.
+
+The only importer of deepspeed.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,9 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Inputs, rows_N: Tensor, labels_N: Tensor, teacher: Rows | None, objective: Any) -> Divergence:
+    def forward(
+        self, inputs: Inputs, rows_N: Tensor, labels_N: Tensor, teacher: Rows | None, objective: Any
+    ) -> Divergence:
         return objective(counted_rows(self.model, inputs, rows_N), teacher, labels_N)
 
 
@@ -48,7 +53,9 @@ class Engine:
         self.world, self.accumulation = world, accumulation
         groups = _parameter_groups(model, config.optim.weight_decay)
         optim = config.optim
-        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+        optimizer = torch.optim.AdamW(
+            groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
+        )
         settings = deepspeed_settings(config, world, accumulation)
         self._engine, *_ = deepspeed.initialize(model=Student(model), optimizer=optimizer, config=settings)
 
@@ -57,26 +64,39 @@ class Engine:
         """The student's weights as they are now, in the dtype of training."""
         return self._engine.module.model  # type: ignore[no-any-return]
 
-    def forward(self, inputs: Inputs, rows_N: Tensor, labels_N: Tensor, teacher: Rows | None, objective: Any) -> Divergence:
+    def forward(
+        self, inputs: Inputs, rows_N: Tensor, labels_N: Tensor, teacher: Rows | None, objective: Any
+    ) -> Divergence:
         """Sums of the objective over the rows of one micro-batch."""
         return self._engine(inputs, rows_N, labels_N, teacher, objective)  # type: ignore[no-any-return]
 
     def backward(self, loss_sum: Tensor, global_count: float) -> None:
         """Gradients of loss_sum / global_count, summed over micro-batches and ranks.
 
-        DeepSpeed averages gradients over ranks, so the sum is scaled up by their number; it must not divide by accumulation too.
+        DeepSpeed averages gradients over ranks, so the sum is scaled up by their number; it must not divide
+        by accumulation too.
         """
         self._engine.backward(loss_sum * (self.world.size / global_count), scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-step, changes no weight
 
     def step(self, lr: float) -> float | Tensor:
-        """Clip, update the weights with learning rate `lr`, forget the gradients. Returns the norm of the gradient before clipping."""
+        """Clip, update the weights with learning rate `lr`, forget the gradients.
+
+        Returns the norm of the gradient before clipping.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        plain = (
+            self._engine.zero_optimization_stage() == 0
+        )  # there DeepSpeed keeps whole gradients and tells no norm of them
+        norm: float | Tensor = (
+            torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            if plain
+            else 0.0
+        )
         self._engine.step()
-        norm: float | Tensor | None = self._engine.get_global_grad_norm()
-        return 0.0 if norm is None else norm
+        return norm if plain else self._engine.get_global_grad_norm()  # type: ignore[no-any-return]
 
     def save(self, folder: Path) -> None:
         """Weights and optimizer state of all ranks into `folder`. Collective."""
@@ -86,7 +106,9 @@ class Engine:
         """What `save` left, at the same number of ranks. Collective."""
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
         if loaded is None:
-            raise ValueError(f"{folder} holds no engine state: remove that folder to go on from an earlier checkpoint")
+            raise ValueError(
+                f"{folder} holds no engine state: remove that folder to go on from an earlier checkpoint"
+            )
 
 
 def deepspeed_settings(config: Config, world: World, accumulation: int) -> dict[str, Any]:

@@ -25,9 +25,17 @@ def validation_samples(config: Config) -> Samples:
 
 
 @torch.no_grad()
-def validate(model: PreTrainedModel, samples: Samples, config: Config, micro: int, world: World) -> dict[str, float]:
+def validate(
+    model: PreTrainedModel, samples: Samples, config: Config, micro: int, world: World
+) -> dict[str, float]:
     """Hard loss in nats a counted token, top-1 accuracy and perplexity, over all ranks."""
-    objective = partial(forward_kl, config=ObjectiveConfig(), weights=HARD, temperature=1.0, vocab_size=samples.tokenizer.vocab_size)
+    objective = partial(
+        forward_kl,
+        config=ObjectiveConfig(),
+        weights=HARD,
+        temperature=1.0,
+        vocab_size=samples.tokenizer.vocab_size,
+    )
     was_training = model.training
     model.eval()
     sums = Sums(world.device)
@@ -36,5 +44,9 @@ def validate(model: PreTrainedModel, samples: Samples, config: Config, micro: in
         sums.add(objective(counted_rows(model, batch.inputs, batch.rows_N), None, batch.labels_N))
     model.train(was_training)
     local = sums.read()
-    found = means(dict(zip(local, sum_over_ranks(list(local.values()), world))))
-    return {"hard": found["hard"], "accuracy": found["accuracy"], "perplexity": math.exp(min(found["hard"], 700.0))}
+    found = means(dict(zip(local, sum_over_ranks(list(local.values()), world), strict=False)))
+    return {
+        "hard": found["hard"],
+        "accuracy": found["accuracy"],
+        "perplexity": math.exp(min(found["hard"], 700.0)),
+    }

@@ -32,7 +32,9 @@ def export_run(run_dir: Path, out: Path) -> Path:
         return out
     saved = saved_checkpoints(run_dir)
     if not saved:
-        raise ValueError(f"{run_dir} has no checkpoint yet: it saves one every save.every steps, at a stop and at the end")
+        raise ValueError(
+            f"{run_dir} has no checkpoint yet: it saves one every save.every steps, at a stop and at the end"
+        )
     quiet_transformers()
     config = load_config([run_dir / CONFIG], [])
     model = student_model(config, Samples(config.data, "train", config.seed, shuffle=True))
@@ -42,9 +44,13 @@ def export_run(run_dir: Path, out: Path) -> Path:
 
 
 def evaluate_folder(folder: Path, config: Config) -> dict[str, float]:
-    """Validation of a Hugging Face folder on the held-out documents of config.data.shards (see `distill.evaluate`)."""
+    """Validation of a Hugging Face folder on the held-out documents of config.data.shards (see
+    `distill.evaluate`).
+    """
     quiet_transformers()
     world = distributed.start()
     samples = validation_samples(config)
-    model = load_model(config.data.task, folder, DTYPES[config.engine.dtype], samples.sequence_length).to(world.device)
+    model = load_model(config.data.task, folder, DTYPES[config.engine.dtype], samples.sequence_length).to(
+        world.device
+    )
     return validate(model, samples, config, layout(config, world)[0], world)

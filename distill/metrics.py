@@ -1,4 +1,7 @@
-"""What a run says: one row every few steps to metrics.jsonl, TensorBoard and the terminal. The names of all keys stand here."""
+"""What a run says: one row every few steps to metrics.jsonl, TensorBoard and the terminal.
+
+The names of all keys stand here.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ def means(sums: dict[str, float]) -> dict[str, float]:
 
 
 class Sums:
-    """Sums of divergences on the device, read once in a while: reading each step would make the host wait for a GPU."""
+    """Sums of divergences on the device, read once in a while:
+
+    reading each step would make the host wait for a GPU.
+    """
 
     def __init__(self, device: torch.device, start: dict[str, float] | None = None) -> None:
         values = [(start or {}).get(key, 0.0) for key in SUMS]
@@ -41,7 +47,7 @@ class Sums:
         self._total += torch.stack([getattr(terms, key).detach().double() for key in SUMS])
 
     def read(self) -> dict[str, float]:
-        return dict(zip(SUMS, self._total.tolist()))
+        return dict(zip(SUMS, self._total.tolist(), strict=False))
 
 
 class Stopwatch:
@@ -85,7 +91,14 @@ class Log:
         keep_rows_until(self._path, step)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=step, unit="step", desc=folder.name, disable=not self._terminal, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=steps,
+            initial=step,
+            unit="step",
+            desc=folder.name,
+            disable=not self._terminal,
+            dynamic_ncols=True,
+        )
 
     def row(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write one row; kind is `train` or `validation`."""
@@ -121,9 +134,20 @@ class Log:
 
 
 def terminal_line(kind: str, step: int, values: dict[str, Any]) -> str:
-    shown = {"hard": "loss {:.3f}", "kl": "kl {:.3f}", "accuracy": "top-1 {:.3f}", "perplexity": "perplexity {:.1f}", "grad_norm": "norm {:.2f}",
-             "lr": "lr {:.1e}", "teacher_step": "teacher {:d}", "tokens_per_second": "{:,.0f} tok/s", "mfu": "mfu {:.1%}"}  # fmt: skip
-    return f"{kind} step {step}  " + "  ".join(text.format(values[key]) for key, text in shown.items() if key in values)
+    shown = {
+        "hard": "loss {:.3f}",
+        "kl": "kl {:.3f}",
+        "accuracy": "top-1 {:.3f}",
+        "perplexity": "perplexity {:.1f}",
+        "grad_norm": "norm {:.2f}",
+        "lr": "lr {:.1e}",
+        "teacher_step": "teacher {:d}",
+        "tokens_per_second": "{:,.0f} tok/s",
+        "mfu": "mfu {:.1%}",
+    }
+    return f"{kind} step {step}  " + "  ".join(
+        text.format(values[key]) for key, text in shown.items() if key in values
+    )
 
 
 def keep_rows_until(path: Path, step: int) -> None:
@@ -144,10 +168,19 @@ def read_rows(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second for MFU: the vendor's dense figure for known GPUs, else a measured matrix product."""
+    """Floating-point operations a second for MFU:
+
+    the vendor's dense figure for known GPUs, else a measured matrix product.
+    """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        for key, peak in {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}.items():
+        for key, peak in {
+            "H200": 989e12,
+            "H100": 989e12,
+            "A100": 312e12,
+            "L40S": 362e12,
+            "B200": 2250e12,
+        }.items():
             if key in name:
                 return peak
     return _measured_flops(device, dtype)

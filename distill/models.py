@@ -1,4 +1,7 @@
-"""Hugging Face models as trunk and head, so that only the rows that count meet the vocabulary; parameter and FLOP counts."""
+"""Hugging Face models as trunk and head, so that only the rows that count meet the vocabulary;
+
+parameter and FLOP counts.
+"""
 
 from __future__ import annotations
 
@@ -33,27 +36,49 @@ HEADS: dict[str, Callable[[Any], nn.Module]] = {
     "modernbert": lambda model: nn.Sequential(model.head, model.decoder),
 }
 
-# No dropout: pre-training at less than one epoch doesn't overfit, and the teacher's and the student's masks then agree on what is hidden.
-NO_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attention_dropout", "embedding_dropout", "mlp_dropout")  # fmt: skip
+# No dropout: pre-training at less than one epoch doesn't overfit, and the teacher's and the student's masks
+# then agree on what is hidden.
+NO_DROPOUT = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "hidden_dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+)
 
 
 class Rows(NamedTuple):
-    """The rows that count, before the head: hidden_ND (N rows, width D) and the head that makes logits_NV of them."""
+    """The rows that count, before the head:
+
+    hidden_ND (N rows, width D) and the head that makes logits_NV of them.
+    """
 
     hidden_ND: Tensor
     head: Callable[[Tensor], Tensor]
 
 
 class Inputs(NamedTuple):
-    """What a model reads: token ids [B, L] int64, attention_mask None or [B, 1, L, L] bool, position_ids None or [B, L] int64."""
+    """What a model reads:
+
+    token ids [B, L] int64, attention_mask None or [B, 1, L, L] bool, position_ids None or [B, L] int64.
+    """
 
     input_ids_BL: Tensor
     attention_mask: Tensor | None
     position_ids_BL: Tensor | None
 
 
-def _attention_in_fp32(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any) -> tuple[Tensor, None]:
-    """torch's CPU attention is 4 to 8 times slower in bf16 than in fp32 at small heads; casting costs a few percent."""
+def _attention_in_fp32(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """torch's CPU attention is 4 to 8 times slower in bf16 than in fp32 at small heads;
+
+    casting costs a few percent.
+    """
     output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **settings)
     return output.to(query.dtype), None
 
@@ -66,27 +91,47 @@ if not torch.cuda.is_available():
 
 
 def build_model(
-    task: str, architecture: str, overrides: dict[str, Any], *, vocab_size: int, sequence_length: int, special_ids: dict[str, int], seed: int
+    task: str,
+    architecture: str,
+    overrides: dict[str, Any],
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    special_ids: dict[str, int],
+    seed: int,
 ) -> PreTrainedModel:
-    """A randomly initialised fp32 model of a `transformers` architecture; the weights are a function of `seed` alone.
+    """A randomly initialised fp32 model of a `transformers` architecture; the weights are a function of
+    `seed` alone.
 
     Raises:
-        ValueError: unknown architecture or config key (with the nearest), too few positions for `sequence_length`.
+        ValueError: unknown architecture or config key (with the nearest), too few positions for
+            `sequence_length`.
     """
     known = ARCHITECTURES[task]
     if architecture not in known:
-        raise ValueError(f"model.architecture={architecture!r} does not serve task {task}; supported: {', '.join(known)}")
+        raise ValueError(
+            f"model.architecture={architecture!r} does not serve task {task}; supported: {', '.join(known)}"
+        )
     defaults = AutoConfig.for_model(architecture)
     for key in overrides:
         if key not in defaults.to_dict() and key not in defaults.attribute_map:
             close = difflib.get_close_matches(key, list(defaults.to_dict()), n=1)
-            raise ValueError(f"model.overrides.{key} is no key of {type(defaults).__name__}" + (f"; did you mean {close[0]}?" if close else ""))
+            raise ValueError(
+                f"model.overrides.{key} is no key of {type(defaults).__name__}"
+                + (f"; did you mean {close[0]}?" if close else "")
+            )
     specials = {key: value for key, value in special_ids.items() if hasattr(defaults, key)}
     no_dropout = {key: 0.0 for key in NO_DROPOUT if hasattr(defaults, key)}
     config = AutoConfig.for_model(
-        architecture, **{**no_dropout, "vocab_size": vocab_size, **specials, **overrides}, attn_implementation=ATTENTION
+        architecture,
+        **{**no_dropout, "vocab_size": vocab_size, **specials, **overrides},
+        attn_implementation=ATTENTION,
     )
-    _check_positions(config, sequence_length, f"model.overrides.{defaults.attribute_map.get('max_position_embeddings', 'max_position_embeddings')}")
+    _check_positions(
+        config,
+        sequence_length,
+        f"model.overrides.{defaults.attribute_map.get('max_position_embeddings', 'max_position_embeddings')}",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AUTO[task].from_config(config, dtype=torch.float32)
@@ -101,7 +146,12 @@ def load_model(task: str, folder: Path, dtype: torch.dtype, sequence_length: int
     """
     try:
         loaded = AUTO[task].from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, attn_implementation=ATTENTION
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            attn_implementation=ATTENTION,
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} can't be loaded as a {task} model: {error}") from error
@@ -125,9 +175,14 @@ def head_of(model: PreTrainedModel) -> nn.Module:
 
 
 def counted_rows(model: PreTrainedModel, inputs: Inputs, rows_N: Tensor) -> Rows:
-    """Trunk over the whole batch, then only the rows that count: rows_N int64 indices into the flattened [B*L] positions."""
+    """Trunk over the whole batch, then only the rows that count:
+
+    rows_N int64 indices into the flattened [B*L] positions.
+    """
     mask = _masks_by_layer_type(model.config, inputs.attention_mask)
-    output = model.base_model(input_ids=inputs.input_ids_BL, attention_mask=mask, position_ids=inputs.position_ids_BL)
+    output = model.base_model(
+        input_ids=inputs.input_ids_BL, attention_mask=mask, position_ids=inputs.position_ids_BL
+    )
     return Rows(output.last_hidden_state.flatten(0, 1)[rows_N], head_of(model))
 
 
@@ -151,23 +206,31 @@ def check_split(model: PreTrainedModel) -> None:
         rows = counted_rows(model, Inputs(ids_BL, None, None), torch.arange(8, device=model.device))
         whole, split = model(input_ids=ids_BL).logits[0], rows.head(rows.hidden_ND)
     if not torch.allclose(whole, split, rtol=1e-2, atol=1e-2):
-        raise ValueError(f"{model.config.model_type}: the logits are not head(trunk(x)); this architecture is not supported")
+        raise ValueError(
+            f"{model.config.model_type}: the logits are not head(trunk(x)); this architecture is not supported"
+        )
 
 
 def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def flops_per_step(model: PreTrainedModel, num_tokens: int, num_rows: float, length: int, backward: bool) -> float:
-    """Floating-point operations of one forward (and backward, twice the forward) over `num_tokens`, with `num_rows` rows in the head.
+def flops_per_step(
+    model: PreTrainedModel, num_tokens: int, num_rows: float, length: int, backward: bool
+) -> float:
+    """Floating-point operations of one forward (and backward, twice the forward) over `num_tokens`, with
+    `num_rows` rows in the head.
 
-    Two per multiply-add of every weight matrix that a token meets, plus attention's 4*length*width per token and layer
+    Two per multiply-add of every weight matrix that a token meets, plus attention's 4*length*width per token
+    and layer
     (Kaplan et al. 2020, table 1, without halving for causality). Embedding look-ups are free.
     """
     head = head_of(model)
     in_head = {id(p) for p in head.parameters()}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trunk = sum(p.numel() for p in model.base_model.parameters() if p.dim() == 2 and id(p) not in embeddings | in_head)
+    trunk = sum(
+        p.numel() for p in model.base_model.parameters() if p.dim() == 2 and id(p) not in embeddings | in_head
+    )
     heads = sum(p.numel() for p in head.parameters() if p.dim() == 2)
     attention = 2 * length * model.config.num_hidden_layers * model.config.hidden_size
     forward = 2.0 * (num_tokens * (trunk + attention) + num_rows * heads)

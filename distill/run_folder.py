@@ -1,4 +1,7 @@
-"""The folder of a run: claimed by one process group at a time, bound to one config, and marked when the run is done."""
+"""The folder of a run:
+
+claimed by one process group at a time, bound to one config, and marked when the run is done.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,25 @@ import yaml
 
 from distill.config import Config, fields_of, to_yaml
 from distill.files import write_text
+from distill.schedule import Schedule, schedule_from_json
 
-CONFIG, RESULT, LOCK = "config.yaml", "result.json", "run.lock"
+CONFIG, SCHEDULE, RESULT, LOCK = "config.yaml", "schedule.json", "result.json", "run.lock"
 
-# Settings of layout, speed and logging, which may change when a run goes on; all others decide what is learned.
-MAY_CHANGE = ("run_dir", "micro_batch_size", "data.shards", "data.num_workers", "teacher.trajectory", "objective.chunk_rows", "objective.kernel",
-              "save.every", "save.keep", "log.every", "log.eval_every")  # fmt: skip
+# Settings of layout, speed and logging, which may change when a run goes on; all others decide what is
+# learned.
+MAY_CHANGE = (
+    "run_dir",
+    "micro_batch_size",
+    "data.shards",
+    "data.num_workers",
+    "teacher.trajectory",
+    "objective.chunk_rows",
+    "objective.kernel",
+    "save.every",
+    "save.keep",
+    "log.every",
+    "log.eval_every",
+)
 
 
 class RunFolderError(ValueError):
@@ -30,7 +46,7 @@ class RunFolderError(ValueError):
 
 @contextmanager
 def claim(config: Config, is_main: bool) -> Iterator[Path]:
-    """Hold `config.run_dir` for this run; the main rank locks it and stores the resolved config.
+    """Hold `config.run_dir` for this run; the main rank locks it.
 
     Raises:
         RunFolderError: another process holds it, or it was started with other settings (each is named).
@@ -49,9 +65,23 @@ def claim(config: Config, is_main: bool) -> Iterator[Path]:
         stored = folder / CONFIG
         if stored.exists():
             _refuse_other_settings(folder, yaml.safe_load(stored.read_text(encoding="utf-8")), config)
-        else:
-            write_text(stored, to_yaml(config))
         yield folder
+
+
+def store_settings(folder: Path, config: Config, schedule: Schedule | None) -> None:
+    """Bind the folder to what decides the run, once all of it is known to fit together:
+
+    until then any setting may be mended.
+    """
+    write_text(folder / CONFIG, to_yaml(config))
+    if schedule:
+        write_text(folder / SCHEDULE, schedule.to_json())
+
+
+def read_schedule(folder: Path) -> Schedule | None:
+    """The schedule this run was started with, or None if it wasn't."""
+    started = (folder / CONFIG).exists() and (folder / SCHEDULE).exists()
+    return schedule_from_json((folder / SCHEDULE).read_text(encoding="utf-8")) if started else None
 
 
 def _lock(lock: Any, folder: Path) -> None:
@@ -59,7 +89,9 @@ def _lock(lock: Any, folder: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        raise RunFolderError(f"{folder} is in use by {lock.read().strip() or 'another run'}: wait for it or choose another run_dir") from None
+        raise RunFolderError(
+            f"{folder} is in use by {lock.read().strip() or 'another run'}: wait for it or choose another run_dir"
+        ) from None
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
@@ -69,16 +101,21 @@ def _refuse_other_settings(folder: Path, stored: dict[str, Any], config: Config)
     now = {key: value for key, _, value in fields_of(config)}
     before = _flatten(stored)
     differences = [
-        f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in now if key not in MAY_CHANGE and before.get(key, now[key]) != now[key]
+        f"{key}: {before.get(key)!r} -> {now[key]!r}"
+        for key in now
+        if key not in MAY_CHANGE and before.get(key, now[key]) != now[key]
     ]
     if differences:
         raise RunFolderError(
-            f"{folder} was started with other settings; choose another run_dir or go back to\n  " + "\n  ".join(differences)
+            f"{folder} was started with other settings; choose another run_dir or go back to\n  "
+            + "\n  ".join(differences)
         )
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    groups = {f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(Config(), f.name))}
+    groups = {
+        f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(Config(), f.name))
+    }
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         flat |= _flatten(value, f"{key}.") if not prefix and key in groups else {prefix + key: value}

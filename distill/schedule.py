@@ -1,7 +1,10 @@
-"""Pure functions of the consumed samples: which teacher checkpoint teaches, at what temperature, weight and learning rate.
+"""Pure functions of the consumed samples: which teacher checkpoint teaches, at what temperature, weight and
+learning rate.
 
-Progressive distillation (Panigrahi et al., ICLR 2025, section 2): the student is taught by successive checkpoints of one teacher run.
-Stages start on whole steps and are kept in samples, so that no layout of ranks or micro-batches changes which checkpoint teaches which sample.
+Progressive distillation (Panigrahi et al., ICLR 2025, section 2): the student is taught by successive
+checkpoints of one teacher run.
+Stages start on whole steps and are kept in samples, so that no layout of ranks or micro-batches changes which
+checkpoint teaches which sample.
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Stages in order, over `total_samples` in batches of `batch_size`; `final_checkpoint` is the trajectory's last."""
+    """Stages in order, over `total_samples` in batches of `batch_size`;
+
+    `final_checkpoint` is the trajectory's last.
+    """
 
     stages: tuple[Stage, ...]
     total_samples: int
@@ -53,16 +59,31 @@ class Schedule:
         """The stages for a reader: student steps, teacher step, share of the budget."""
         ends = [s.first_sample for s in self.stages[1:]] + [self.total_samples]
         lines = ["stage  student steps        teacher step  share"]
-        for i, (stage, end) in enumerate(zip(self.stages, ends)):
+        for i, (stage, end) in enumerate(zip(self.stages, ends, strict=False)):
             first, last = stage.first_sample // self.batch_size, end // self.batch_size - 1
             share = (end - stage.first_sample) / self.total_samples
             lines.append(f"{i:>5}  {first:>8} - {last:<8}  {stage.checkpoint:>12}  {share:>5.1%}")
-        lines.append(f"ends on the final teacher: {'yes' if self.ends_on_final else 'NO'} (final: step {self.final_checkpoint})")
+        lines.append(
+            f"ends on the final teacher: {'yes' if self.ends_on_final else 'NO'} (final: step {self.final_checkpoint})"
+        )
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        return json.dumps({"total_samples": self.total_samples, "batch_size": self.batch_size, "final_checkpoint": self.final_checkpoint,
-                           "stages": [[s.first_sample, s.checkpoint] for s in self.stages]}, indent=1)
+        return json.dumps(
+            {
+                "total_samples": self.total_samples,
+                "batch_size": self.batch_size,
+                "final_checkpoint": self.final_checkpoint,
+                "stages": [[s.first_sample, s.checkpoint] for s in self.stages],
+            },
+            indent=1,
+        )
+
+
+def schedule_from_json(text: str) -> Schedule:
+    """What `to_json` wrote."""
+    content = json.loads(text)
+    return Schedule(**{**content, "stages": tuple(Stage(*stage) for stage in content["stages"])})
 
 
 # ------------------------------------------------------------------------------------------------ teacher
@@ -71,15 +92,18 @@ class Schedule:
 def make_schedule(
     config: ScheduleConfig, available: Sequence[int], losses: Mapping[int, float], steps: int, batch_size: int
 ) -> Schedule:
-    """The schedule that `config` asks for, over the trajectory's `available` teacher steps (step 0 never teaches).
+    """The schedule that `config` asks for, over the trajectory's `available` teacher steps (step 0 never
+    teaches).
 
     Args:
-        losses: validation loss of the checkpoints, where the manifest has it; two_shot picks its early checkpoint by it.
+        losses: validation loss of the checkpoints, where the manifest has it; two_shot picks its early
+            checkpoint by it.
         steps: student steps in all.
         batch_size: sequences a step.
 
     Raises:
-        ValueError: a checkpoint that the trajectory lacks (with the nearest), or stages that don't fit the budget.
+        ValueError: a checkpoint that the trajectory lacks (with the nearest), or stages that don't fit the
+            budget.
     """
     known = sorted(c for c in available if c > 0)
     if not known:
@@ -99,9 +123,14 @@ def make_schedule(
 
 
 def _spaced(checkpoints: list[int], number: int) -> list[int]:
-    """`number` of the checkpoints, equally spaced in teacher steps, each the next at or after its mark; the last always."""
+    """`number` of the checkpoints, equally spaced in teacher steps, each the next at or after its mark;
+
+    the last always.
+    """
     if number > len(checkpoints):
-        raise ValueError(f"schedule.num_stages={number} but only {len(checkpoints)} checkpoints may teach: {checkpoints}")
+        raise ValueError(
+            f"schedule.num_stages={number} but only {len(checkpoints)} checkpoints may teach: {checkpoints}"
+        )
     if number in (0, len(checkpoints)):
         return checkpoints
     marks = [checkpoints[-1] * (i + 1) / number for i in range(number)]
@@ -116,7 +145,9 @@ def _n_t(checkpoints: list[int], stage_steps: int) -> list[tuple[int, int]]:
     return [(i * stage_steps, c) for i, c in enumerate(checkpoints)]
 
 
-def _two_shot(config: ScheduleConfig, known: list[int], losses: Mapping[int, float], steps: int) -> list[tuple[int, int]]:
+def _two_shot(
+    config: ScheduleConfig, known: list[int], losses: Mapping[int, float], steps: int
+) -> list[tuple[int, int]]:
     early = config.checkpoints[0] if config.checkpoints else steepest_checkpoint(losses)
     final = config.checkpoints[1] if len(config.checkpoints) > 1 else known[-1]
     switch = round(config.early_share * steps)
@@ -124,22 +155,30 @@ def _two_shot(config: ScheduleConfig, known: list[int], losses: Mapping[int, flo
 
 
 def _speed(checkpoints: list[int], speed: float, steps: int) -> list[tuple[int, int]]:
-    """The checkpoint at or ahead of teacher step speed*(s+1), the last once there is none; a short run never sees the last."""
+    """The checkpoint at or ahead of teacher step speed*(s+1), the last once there is none;
+
+    a short run never sees the last.
+    """
     starts = [0] + [math.floor(c / speed) for c in checkpoints[:-1]]
-    latest = dict(zip(starts, checkpoints))  # checkpoints closer than one student step: the later one
+    latest = dict(
+        zip(starts, checkpoints, strict=False)
+    )  # checkpoints closer than one student step: the later one
     return sorted((first, c) for first, c in latest.items() if first < steps)
 
 
 def steepest_checkpoint(losses: Mapping[int, float]) -> int:
-    """The checkpoint inside the phase transition: largest drop of validation loss per doubling of steps since its predecessor.
+    """The checkpoint inside the phase transition: largest drop of validation loss per doubling of steps since
+    its predecessor.
 
     Raises:
         ValueError: fewer than two checkpoints have a validation loss.
     """
     steps = sorted(s for s in losses if s > 0)
     if len(steps) < 2:
-        raise ValueError("two_shot needs schedule.checkpoints=[EARLY], as the trajectory's manifest has no validation losses to pick it by")
-    slopes = {b: (losses[a] - losses[b]) / math.log(b / a) for a, b in zip(steps, steps[1:])}
+        raise ValueError(
+            "two_shot needs schedule.checkpoints=[EARLY], as the trajectory's manifest has no validation losses to pick it by"
+        )
+    slopes = {b: (losses[a] - losses[b]) / math.log(b / a) for a, b in zip(steps, steps[1:], strict=False)}
     return max(slopes, key=lambda step: slopes[step])
 
 
@@ -147,13 +186,19 @@ def _check_plan(plan: list[tuple[int, int]], known: list[int], steps: int) -> No
     for _, checkpoint in plan:
         if checkpoint not in known:
             nearest = sorted(known, key=lambda c: abs(c - checkpoint))[:2]
-            raise ValueError(f"the schedule names teacher step {checkpoint}, which the trajectory lacks; the nearest are {sorted(nearest)}")
+            raise ValueError(
+                f"the schedule names teacher step {checkpoint}, which the trajectory lacks; the nearest are {sorted(nearest)}"
+            )
     firsts = [first for first, _ in plan]
-    if firsts[0] != 0 or any(b <= a for a, b in zip(firsts, firsts[1:])):
-        raise ValueError(f"stages must start at step 0 and rise strictly, got first steps {firsts} in a budget of {steps} steps")
+    if firsts[0] != 0 or any(b <= a for a, b in zip(firsts, firsts[1:], strict=False)):
+        raise ValueError(
+            f"stages must start at step 0 and rise strictly, got first steps {firsts} in a budget of {steps} steps"
+        )
     if plan[-1][0] >= steps and len(plan) > 1:
-        raise ValueError(f"the last stage starts at step {plan[-1][0]}, after the budget of {steps} steps: "
-                         "lengthen the run or shorten the stages")
+        raise ValueError(
+            f"the last stage starts at step {plan[-1][0]}, after the budget of {steps} steps: "
+            "lengthen the run or shorten the stages"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ scalars
@@ -172,7 +217,10 @@ def ramp_at(ramp: Ramp, share: float) -> float:
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then cosine, WSD or constant."""
+    """Learning rate of optimizer step `step` (from 0) of `steps`:
+
+    linear warm-up, then cosine, WSD or constant.
+    """
     warmup = round(config.warmup_share * steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -187,7 +235,8 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def is_trajectory_step(step: int, every: int, first: int) -> bool:
-    """Whether a teacher run leaves a checkpoint after `step` steps: first, 2*first, 4*first, ... below `every`, then each `every`.
+    """Whether a teacher run leaves a checkpoint after `step` steps: first, 2*first, 4*first, ... below
+    `every`, then each `every`.
 
     The log-spaced start is Pythia's: the phase transition of a teacher is short and early.
     """

@@ -1,4 +1,7 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 ask a run to save and leave. Imports no torch: handlers must stand before its slow import."""
+"""Ctrl-C, SIGTERM and SIGUSR1 ask a run to save and leave. Imports no torch:
+
+handlers must stand before its slow import.
+"""
 
 from __future__ import annotations
 

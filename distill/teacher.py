@@ -1,4 +1,7 @@
-"""What the teacher says about this batch at this step: a frozen model whose weights are swapped between two steps."""
+"""What the teacher says about this batch at this step:
+
+a frozen model whose weights are swapped between two steps.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,14 @@ from distill.trajectory.stream import CheckpointStream, copy_into
 class Teacher:
     """The trajectory's checkpoints, one at a time, on one device."""
 
-    def __init__(self, manifest: Manifest, config: Config, tokenizer: TokenizerInfo, sequence_length: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        config: Config,
+        tokenizer: TokenizerInfo,
+        sequence_length: int,
+        device: torch.device,
+    ) -> None:
         check_vocabulary(manifest, tokenizer)
         any_checkpoint = next(iter(manifest.checkpoints.values()))
         folder = Path(manifest.root) / any_checkpoint.folder
@@ -27,7 +37,10 @@ class Teacher:
         self._stream = CheckpointStream(manifest)
 
     def use(self, step: int, following: int | None) -> float:
-        """Teach with the checkpoint of teacher step `step` from now on, and fetch the `following` one. Seconds waited."""
+        """Teach with the checkpoint of teacher step `step` from now on, and fetch the `following` one.
+
+        Seconds waited.
+        """
         if step == self.step:
             return 0.0
         weights, waited = self._stream.take(step)

@@ -24,7 +24,10 @@ from distill.run_folder import read_result
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train the student: its name, how the table calls it, and the settings that make it differ from the others."""
+    """A way to train the student:
+
+    its name, how the table calls it, and the settings that make it differ from the others.
+    """
 
     name: str
     title: str
@@ -32,13 +35,18 @@ class Arm:
 
 
 class CommandFailed(SystemExit):
-    """A command of the study ended with an error or was interrupted; the study leaves with the same exit code."""
+    """A command of the study ended with an error or was interrupted;
+
+    the study leaves with the same exit code.
+    """
 
 
 def run_command(module: str, *arguments: str) -> None:
     """Run `python -m module arguments...`, shown to the user first. Raises CommandFailed with its exit code."""
     print(f"\n$ python -m {module} {' '.join(arguments)}", flush=True)
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.DEVNULL if module == "distill" else None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments], stdout=subprocess.DEVNULL if module == "distill" else None
+    )
     previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     code = None
     while code is None:
@@ -65,10 +73,13 @@ def curve(run_dir: Path, key: str) -> tuple[list[int], list[float]]:
 
 
 def steps_to(run_dir: Path, loss: float) -> float:
-    """First step, linear between validations, at which the validation loss is at most `loss`; infinity if never."""
+    """First step, linear between validations, at which the validation loss is at most `loss`;
+
+    infinity if never.
+    """
     steps, losses = curve(run_dir, "hard")
     previous = None
-    for step, value in zip(steps, losses):
+    for step, value in zip(steps, losses, strict=False):
         if value <= loss:
             if previous is None:
                 return float(step)
@@ -84,8 +95,13 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
 
 
-def table(results: Mapping[str, Sequence[Mapping[str, float]]], titles: Mapping[str, str], columns: Mapping[str, str]) -> str:
-    """Markdown: a line an arm; a cell is the mean over seeds, with the standard deviation if there are several.
+def table(
+    results: Mapping[str, Sequence[Mapping[str, float]]],
+    titles: Mapping[str, str],
+    columns: Mapping[str, str],
+) -> str:
+    """Markdown: a line an arm; a cell is the mean over seeds, with the standard deviation if there are
+    several.
 
     Args:
         columns: key of a result -> heading.
@@ -101,20 +117,33 @@ def _cell(values: Sequence[float], key: str) -> str:
     if not values:
         return ""
     if any(math.isinf(v) for v in values):
-        return "not reached" if all(math.isinf(v) for v in values) else f"reached by {sum(map(math.isfinite, values))} of {len(values)}"
+        return (
+            "not reached"
+            if all(math.isinf(v) for v in values)
+            else f"reached by {sum(map(math.isfinite, values))} of {len(values)}"
+        )
     digits = {"hard": 3, "accuracy": 4, "minutes": 1}.get(key, 0)
     mean, spread = mean_and_spread(values)
     return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
 
 
-def plot(runs: Mapping[str, Sequence[Path]], titles: Mapping[str, str], teacher: Path, path: Path, heading: str) -> None:
+def plot(
+    runs: Mapping[str, Sequence[Path]], titles: Mapping[str, str], teacher: Path, path: Path, heading: str
+) -> None:
     """Validation loss and top-1 of every run over its steps, and where the teacher ended, as a PNG."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for axis, key, label in ((axes[0], "hard", "validation loss (nats a token)"), (axes[1], "accuracy", "validation top-1")):
+    for axis, key, label in (
+        (axes[0], "hard", "validation loss (nats a token)"),
+        (axes[1], "accuracy", "validation top-1"),
+    ):
         for i, (arm, folders) in enumerate(runs.items()):
             for j, folder in enumerate(folders):
-                axis.plot(*curve(folder, key), color=f"C{i}", marker=".", label=titles[arm] if j == 0 else None)
-        axis.axhline(curve(teacher, key)[1][-1], color="black", linestyle="--", linewidth=1, label="teacher, final")
+                axis.plot(
+                    *curve(folder, key), color=f"C{i}", marker=".", label=titles[arm] if j == 0 else None
+                )
+        axis.axhline(
+            curve(teacher, key)[1][-1], color="black", linestyle="--", linewidth=1, label="teacher, final"
+        )
         axis.set(xlabel="student steps", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend()

@@ -1,9 +1,11 @@
-"""Wikipedia + Books: raw text -> shards -> a teacher that leaves its trajectory -> three students on one budget -> table and picture.
+"""Wikipedia + Books: raw text -> shards -> a teacher that leaves its trajectory -> three students on one
+budget -> table and picture.
 
     python -m distill.experiments.wiki_books --out work/demo            # 2 CPU cores, about ten minutes
     python -m distill.experiments.wiki_books --out work/demo --seeds 0 1 2
 
-Section 5 of Panigrahi et al. (ICLR 2025), scaled to a laptop. All arms share data order, budget and initial weights (the seed's);
+Section 5 of Panigrahi et al. (ICLR 2025), scaled to a laptop. All arms share data order, budget and initial
+weights (the seed's);
 they differ in the objective and the schedule alone. Whatever is finished is not done again.
 """
 
@@ -16,11 +18,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distill.experiments.arms import Arm, CommandFailed, plot, run_command, save_results, steps_to, table, train_arm
+from distill.experiments.arms import (
+    Arm,
+    CommandFailed,
+    plot,
+    run_command,
+    save_results,
+    steps_to,
+    table,
+    train_arm,
+)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SEQUENCE_LENGTH, VOCAB_SIZE = "64", "2048"
-COLUMNS = {"hard": "validation loss", "accuracy": "top-1", "steps_to_hard": "steps to the hard labels' final loss", "minutes": "minutes"}
+SEQUENCE_LENGTH, VOCAB_SIZE = "64", "1024"
+COLUMNS = {
+    "hard": "validation loss",
+    "accuracy": "top-1",
+    "steps_to_hard": "steps to the hard labels' final loss",
+    "minutes": "minutes",
+}
 
 
 def arms(trajectory: Path) -> list[Arm]:
@@ -56,19 +72,27 @@ def study(out: Path, seeds: list[int], workers: int, settings: list[str]) -> str
     """Run everything that is not done yet, all runs with `settings` on top. Returns the table in Markdown."""
     shards = prepare_data(out, workers)
     teacher_dir = out / "runs" / "teacher"
-    results: dict[str, list[Any]] = {"teacher": [timed(teacher_dir, CONFIGS / "demo_teacher.yaml", [f"data.shards={shards}", *settings])]}
+    results: dict[str, list[Any]] = {
+        "teacher": [timed(teacher_dir, CONFIGS / "demo_teacher.yaml", [f"data.shards={shards}", *settings])]
+    }
     titles, folders = {"teacher": "teacher (its own run)"}, {}
     for arm in arms(teacher_dir / "trajectory"):
         titles[arm.name] = arm.title
         folders[arm.name] = [out / "runs" / f"{arm.name}_seed{seed}" for seed in seeds]
         results[arm.name] = [
-            timed(folder, CONFIGS / "demo_student.yaml", [f"data.shards={shards}", f"seed={seed}", *arm.settings, *settings])
-            for seed, folder in zip(seeds, folders[arm.name])
+            timed(
+                folder,
+                CONFIGS / "demo_student.yaml",
+                [f"data.shards={shards}", f"seed={seed}", *arm.settings, *settings],
+            )
+            for seed, folder in zip(seeds, folders[arm.name], strict=False)
         ]
     for arm_name, runs in folders.items():
-        for found, folder, hard in zip(results[arm_name], runs, results["hard"]):
+        for found, folder, hard in zip(results[arm_name], runs, results["hard"], strict=False):
             found["steps_to_hard"] = steps_to(folder, hard["hard"])
-    plot(folders, titles, teacher_dir, out / "curves.png", f"Wikipedia + Books at demo scale, seed(s) {seeds}")
+    plot(
+        folders, titles, teacher_dir, out / "curves.png", f"Wikipedia + Books at demo scale, seed(s) {seeds}"
+    )
     save_results(out / "results.json", results)
     return table(results, titles, COLUMNS)
 
@@ -83,11 +107,25 @@ def timed(run_dir: Path, config: Path, settings: list[str]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("work/demo"), help="folder for text, shards, runs, table and picture")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the students: weights, sample order and masks")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that prepare the data")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for every run, e.g. engine.dtype=fp32")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("work/demo"), help="folder for text, shards, runs, table and picture"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="seeds of the students: weights, sample order and masks",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes that prepare the data"
+    )
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="settings for every run, e.g. engine.dtype=fp32"
+    )
     arguments = parser.parse_args()
     try:
         found = study(arguments.out, arguments.seeds, arguments.workers, arguments.settings)
@@ -96,7 +134,9 @@ def main() -> int:
         print(f"stopped (exit code {code}); the same command goes on from there", file=sys.stderr)
         return code
     out = arguments.out
-    print(f"\n{found}\n\npicture: {out}/curves.png   figures: {out}/results.json   TensorBoard: tensorboard --logdir {out}/runs")
+    print(
+        f"\n{found}\n\npicture: {out}/curves.png   figures: {out}/results.json   TensorBoard: tensorboard --logdir {out}/runs"
+    )
     return 0
 
 

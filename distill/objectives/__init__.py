@@ -1,4 +1,7 @@
-"""Objectives: pure functions of (student rows, teacher rows, labels) to sums. The training loop knows none of them by name."""
+"""Objectives: pure functions of (student rows, teacher rows, labels) to sums.
+
+The training loop knows none of them by name.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,16 @@ def weights_at(config: ObjectiveConfig, share: float) -> dict[str, float]:
 
 
 def make_objective(config: ObjectiveConfig, share: float, vocab_size: int) -> Objective:
-    """The weighted objective at `share` of the budget. Forward KL and hard labels are one pass over the logits."""
+    """The weighted objective at `share` of the budget.
+
+    Forward KL and hard labels are one pass over the logits.
+    """
     weights = weights_at(config, share)
 
     def objective(student: Rows, teacher: Rows | None, labels_N: Tensor) -> Divergence:
-        return forward_kl(student, teacher, labels_N, config, weights, ramp_at(config.temperature, share), vocab_size)
+        return forward_kl(
+            student, teacher, labels_N, config, weights, ramp_at(config.temperature, share), vocab_size
+        )
 
     return objective
 

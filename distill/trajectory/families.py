@@ -34,5 +34,7 @@ def find_checkpoints(folder: Path) -> tuple[str, dict[int, Path]]:
                 steps[step] = child
     if len(found) != 1:
         known = ", ".join(FAMILIES.values())
-        raise ValueError(f"{folder}: expected checkpoint folders of one family ({known}), got {sorted(found) or 'none'}")
+        raise ValueError(
+            f"{folder}: expected checkpoint folders of one family ({known}), got {sorted(found) or 'none'}"
+        )
     return found.popitem()

@@ -1,4 +1,8 @@
-"""manifest.json: the one description of a trajectory, written checkpoint by checkpoint, checked before anything is taught from it."""
+"""manifest.json:
+
+the one description of a trajectory, written checkpoint by checkpoint, checked before anything is taught from
+it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,10 @@ class BadTrajectory(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint: folder relative to the manifest, files {name: [bytes, sha256]}, tokens seen, validation loss (nats a token)."""
+    """One checkpoint: folder relative to the manifest, files {name:
+
+    [bytes, sha256]}, tokens seen, validation loss (nats a token).
+    """
 
     step: int
     folder: str
@@ -33,7 +40,10 @@ class Checkpoint:
 
 @dataclass
 class Manifest:
-    """A trajectory. tokenizer_sha256 is None where the source doesn't tell; vocab_size counts the logits' columns."""
+    """A trajectory. tokenizer_sha256 is None where the source doesn't tell;
+
+    vocab_size counts the logits' columns.
+    """
 
     root: Path
     family: str
@@ -54,7 +64,11 @@ class Manifest:
         self.write()
 
     def write(self) -> None:
-        content = {**dataclasses.asdict(self), "schema": SCHEMA, "checkpoints": [dataclasses.asdict(c) for c in self.checkpoints.values()]}
+        content = {
+            **dataclasses.asdict(self),
+            "schema": SCHEMA,
+            "checkpoints": [dataclasses.asdict(c) for c in self.checkpoints.values()],
+        }
         del content["root"]
         write_text(self.root / NAME, json.dumps(content, indent=1))
 
@@ -67,7 +81,9 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / NAME
     if not path.exists():
-        raise BadTrajectory(f"{path} does not exist: for a folder of checkpoints run `distill trajectory index {folder}` first")
+        raise BadTrajectory(
+            f"{path} does not exist: for a folder of checkpoints run `distill trajectory index {folder}` first"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("schema") != SCHEMA:
@@ -75,7 +91,9 @@ def load_manifest(folder: Path) -> Manifest:
         checkpoints = {c["step"]: Checkpoint(**c) for c in content.pop("checkpoints")}
         manifest = Manifest(root=folder, **content, checkpoints=checkpoints)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise BadTrajectory(f"{path} is no manifest ({error!r}): run `distill trajectory index {folder}` again") from error
+        raise BadTrajectory(
+            f"{path} is no manifest ({error!r}): run `distill trajectory index {folder}` again"
+        ) from error
     _refuse_duplicates(manifest)
     return manifest
 
@@ -83,7 +101,9 @@ def load_manifest(folder: Path) -> Manifest:
 def _refuse_duplicates(manifest: Manifest) -> None:
     seen: dict[tuple[str, ...], int] = {}
     for step, checkpoint in manifest.checkpoints.items():
-        weights = tuple(sha for name, (_, sha) in sorted(checkpoint.files.items()) if name.endswith(".safetensors"))
+        weights = tuple(
+            sha for name, (_, sha) in sorted(checkpoint.files.items()) if name.endswith(".safetensors")
+        )
         if weights in seen:
             raise BadTrajectory(
                 f"{manifest.root}: steps {seen[weights]} and {step} hold identical weights; one of them is mislabelled. "
@@ -103,35 +123,50 @@ def verify(manifest: Manifest, checkpoint: Checkpoint) -> None:
         found_size = path.stat().st_size if path.exists() else None
         if found_size != size:
             found = "is missing" if found_size is None else f"has {found_size} bytes"
-            raise BadTrajectory(f"teacher step {checkpoint.step}: {path} {found}, the manifest says {size} bytes: fetch it again")
+            raise BadTrajectory(
+                f"teacher step {checkpoint.step}: {path} {found}, the manifest says {size} bytes: fetch it again"
+            )
         if (found_sha := sha256_of(path)) != sha:
-            raise BadTrajectory(f"teacher step {checkpoint.step}: {path} has sha256 {found_sha[:12]}, the manifest says {sha[:12]}: fetch it again")
+            raise BadTrajectory(
+                f"teacher step {checkpoint.step}: {path} has sha256 {found_sha[:12]}, the manifest says {sha[:12]}: fetch it again"
+            )
 
 
-def describe(root: Path, step: int, folder: Path, tokens: int | None = None, loss: float | None = None) -> Checkpoint:
+def describe(
+    root: Path, step: int, folder: Path, tokens: int | None = None, loss: float | None = None
+) -> Checkpoint:
     """A checkpoint's entry, from the files that lie in its folder.
 
     Raises:
         BadTrajectory: no safetensors or no config.json.
     """
-    files = {p.name: [p.stat().st_size, sha256_of(p)] for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json")}
+    files = {
+        p.name: [p.stat().st_size, sha256_of(p)]
+        for p in sorted(folder.iterdir())
+        if p.suffix in (".safetensors", ".json")
+    }
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise BadTrajectory(f"{folder} needs config.json and *.safetensors, got {sorted(files)}")
     return Checkpoint(step, str(folder.relative_to(root)), files, tokens, loss)
 
 
 def index_folder(folder: Path) -> Manifest:
-    """Write the manifest of a folder of Hugging Face checkpoints, one sub-folder a step (names: see families.py).
+    """Write the manifest of a folder of Hugging Face checkpoints, one sub-folder a step (names: see
+    families.py).
 
     Raises:
         BadTrajectory, ValueError: nothing recognised, mixed architectures or vocabularies, identical weights.
     """
     family, found = find_checkpoints(folder)
     checkpoints = {step: describe(folder, step, path) for step, path in sorted(found.items())}
-    configs = {step: json.loads((path / "config.json").read_text(encoding="utf-8")) for step, path in found.items()}
+    configs = {
+        step: json.loads((path / "config.json").read_text(encoding="utf-8")) for step, path in found.items()
+    }
     kinds = {(c.get("model_type", "?"), c.get("vocab_size", 0)) for c in configs.values()}
     if len(kinds) != 1:
-        raise BadTrajectory(f"{folder}: the checkpoints are of several kinds (architecture, vocabulary): {sorted(kinds)}")
+        raise BadTrajectory(
+            f"{folder}: the checkpoints are of several kinds (architecture, vocabulary): {sorted(kinds)}"
+        )
     architecture, vocab_size = kinds.pop()
     manifest = Manifest(folder, family, architecture, vocab_size, complete=True, checkpoints=checkpoints)
     _refuse_duplicates(manifest)

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from distill.trajectory.manifest import BadTrajectory, Manifest, verify
 
 # Buffers that older checkpoints carry and newer code recomputes.
-RECOMPUTED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "attn.bias", "attn.masked_bias", "embeddings.position_ids")
+RECOMPUTED = (
+    "rotary_emb.inv_freq",
+    "attention.bias",
+    "attention.masked_bias",
+    "attn.bias",
+    "attn.masked_bias",
+    "embeddings.position_ids",
+)
 
 
 class CheckpointStream:
@@ -47,7 +54,9 @@ def read_weights(manifest: Manifest, step: int) -> dict[str, Tensor]:
         BadTrajectory: unknown step, a file that is missing or differs, or a value that is not finite.
     """
     if step not in manifest.checkpoints:
-        raise BadTrajectory(f"{manifest.root} has no teacher step {step}; it has {list(manifest.checkpoints)}")
+        raise BadTrajectory(
+            f"{manifest.root} has no teacher step {step}; it has {list(manifest.checkpoints)}"
+        )
     checkpoint = manifest.checkpoints[step]
     verify(manifest, checkpoint)
     weights: dict[str, Tensor] = {}
@@ -56,12 +65,15 @@ def read_weights(manifest: Manifest, step: int) -> dict[str, Tensor]:
             weights |= load_file(Path(manifest.root) / checkpoint.folder / name)
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
-            raise BadTrajectory(f"teacher step {step}: {name} holds values that are not finite; use another checkpoint")
+            raise BadTrajectory(
+                f"teacher step {step}: {name} holds values that are not finite; use another checkpoint"
+            )
     return weights
 
 
 def copy_into(model: nn.Module, weights: dict[str, Tensor], step: int) -> None:
-    """Overwrite the model's weights in place, in its dtype and on its device. Tied names need one of their group.
+    """Overwrite the model's weights in place, in its dtype and on its device. Tied names need one of their
+    group.
 
     Raises:
         BadTrajectory: a name the model lacks, another shape, or weights that stayed untouched.
@@ -72,11 +84,19 @@ def copy_into(model: nn.Module, weights: dict[str, Tensor], step: int) -> None:
         if name not in own:
             if name.endswith(RECOMPUTED):
                 continue
-            raise BadTrajectory(f"teacher step {step}: the model has no weight {name!r}; is it another architecture?")
+            raise BadTrajectory(
+                f"teacher step {step}: the model has no weight {name!r}; is it another architecture?"
+            )
         if own[name].shape != tensor.shape:
-            raise BadTrajectory(f"teacher step {step}: {name} has shape {tuple(tensor.shape)}, the model {tuple(own[name].shape)}")
+            raise BadTrajectory(
+                f"teacher step {step}: {name} has shape {tuple(tensor.shape)}, the model {tuple(own[name].shape)}"
+            )
         own[name].data.copy_(tensor)
         filled.add(own[name].data_ptr())
-    missing = [name for name, value in own.items() if value.data_ptr() not in filled and not name.endswith(RECOMPUTED)]
+    missing = [
+        name
+        for name, value in own.items()
+        if value.data_ptr() not in filled and not name.endswith(RECOMPUTED)
+    ]
     if missing:
         raise BadTrajectory(f"teacher step {step}: the checkpoint lacks {missing[:5]}")
