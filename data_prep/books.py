@@ -14,7 +14,7 @@ from data_prep.parts import Batch, Document, Stage, convert, describe_inputs, en
 
 RULES = 1  # raise when the same files would give other documents
 BATCH_BYTES = 1 << 20
-MAX_TEXT_BYTES = 64 << 20  # of one .txt file, which is one document; the longest novels have 10 MB
+MAX_TEXT_BYTES = 32 << 20  # of one .txt file, which is one document; the longest novels have 10 MB
 KINDS = (".txt", ".text", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 EXAMPLE = """example:
   python -m data_prep books gutenberg/ speeches/*.txt corpus.jsonl.zst --text-column text --out work/books

@@ -18,7 +18,7 @@ from typing import BinaryIO
 CHUNK_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 20  # of XML in a block that carries its pages
 RANGE_BYTES = 1 << 18  # of bz2 in a block that names a range: about as much XML
-MAX_PAGE_BYTES = 64 << 20  # MediaWiki's own limit is 2 MB of markup; full-history dumps go beyond
+MAX_PAGE_BYTES = 32 << 20  # MediaWiki's own limit is 2 MB of markup; full-history dumps go beyond
 MAX_STREAM_GAP = 64 << 20  # no second stream within this: not a multistream dump
 MAX_RANGE_TEXT = 256 << 20  # of XML out of one range: beyond, it is a decompression bomb
 

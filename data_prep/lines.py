@@ -10,7 +10,7 @@ import zstandard
 
 READ_BYTES = 1 << 20
 ZST_READ_BYTES = 1 << 13  # of a .zst at once: the worst of bombs then expands to 256 MB
-MAX_LINE_BYTES = 64 << 20
+MAX_LINE_BYTES = 32 << 20
 
 
 def file_lines(path: Path) -> Iterator[tuple[bytes, int]]:

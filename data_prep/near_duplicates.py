@@ -22,7 +22,7 @@ NUM_HASHES = BANDS * BAND_ROWS
 SHINGLE_WORDS = 5
 SHINGLE_LETTERS = 12  # where words are not set apart by spaces
 SEED = 1
-PIECE_CHARACTERS = 1 << 20  # of a long document hashed at once
+PIECE_CHARACTERS = 1 << 18  # of a long document hashed at once
 KEYS_IN_MEMORY = 1 << 21
 PAIRS_IN_MEMORY = 1 << 15
 

@@ -2,6 +2,7 @@
 
 import bz2
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -31,11 +32,9 @@ WORDS = "the river crosses an old stone bridge where seven ships were built befo
 
 
 def prose(number: int, words: int = 80) -> str:
-    """Text that differs from that of every other number in most of its 5-grams."""
-    picked = (
-        WORDS[(number * 7 + i * i + i * number) % len(WORDS)] + str((number + i) % 89) for i in range(words)
-    )
-    return " ".join(picked) + "."
+    """Text of its own for each number."""
+    dice = random.Random(number)
+    return " ".join(f"{dice.choice(WORDS)}{dice.randrange(90)}" for _ in range(words)) + "."
 
 
 def page(number: int, markup: str | None = None, title: str | None = None, extra: str = "<ns>0</ns>") -> str:
