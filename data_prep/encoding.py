@@ -6,6 +6,7 @@ the cut.
 """
 
 import re
+from array import array
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -84,7 +85,10 @@ class SentencePieceTokenizer:
         self._processor = spm.SentencePieceProcessor(model_proto=model)
         self._separable = is_separable(parse_model(model))
         self._dtype = np.dtype(info.dtype)
-        self._words = _Words(self._processor, self._dtype)
+        self._code = (
+            "H" if info.dtype == "uint16" else "I"
+        )  # of `array`, which takes short lists faster than numpy
+        self._words = _Words(self._processor, self._code)
 
     def encode(self, text: str) -> np.ndarray:
         parts = [self._encode_slice(part) for part in slices(text)]
@@ -98,27 +102,24 @@ class SentencePieceTokenizer:
 
     def _encode_slice(self, text: str) -> bytes:
         if not self._separable:
-            return np.array(self._processor.encode(text), self._dtype).tobytes()
-        # a space before each newline makes it the first letter of a "word", which then has no space of its
-        # own
+            return array(self._code, self._processor.encode(text)).tobytes()
+        # a space before each newline makes it the first letter of a "word", which then has no space of its own
         words = text.replace(SPACE, " ").replace("\n", " \n").split(" ")
-        head = np.array(self._processor.encode(words[0]), self._dtype).tobytes()
+        head = array(self._code, self._processor.encode(words[0])).tobytes()
         return head + b"".join(map(self._words.__getitem__, islice(words, 1, None)))
 
 
 class _Words(dict[str, bytes]):
-    """Ids (as bytes) of words that follow a space, or begin with a newline; the first so many are
-    remembered.
-    """
+    """Ids (as bytes) of words that follow a space or begin with a newline; the first so many are remembered."""
 
-    def __init__(self, processor: spm.SentencePieceProcessor, dtype: np.dtype) -> None:
+    def __init__(self, processor: spm.SentencePieceProcessor, code: str) -> None:
         super().__init__()
         self._processor = processor
-        self._dtype = dtype
+        self._code = code
 
     def __missing__(self, word: str) -> bytes:
-        text = word if word.startswith("\n") else " " + word
-        ids = np.array(self._processor.encode(text), self._dtype).tobytes()
+        text = word if word[:1] == "\n" else " " + word
+        ids = array(self._code, self._processor.encode(text)).tobytes()
         if len(word) <= _REMEMBERED_CHARS and len(self) < _REMEMBERED_WORDS:
             self[word] = ids
         return ids
