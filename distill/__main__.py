@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from distill.config import help_text, load_config
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def report(result: dict[str, object]) -> None:
+def report(result: Mapping[str, object]) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(result))
 

@@ -87,7 +87,8 @@ def resume(folder: Path, engine: Engine, data: str, world: World) -> TrainState:
         )
     if content.pop("data") != data:
         raise ValueError(
-            f"{found[-1]} was trained on other samples than data.shards holds now: go back to those shards or choose another run_dir"
+            f"{found[-1]} was trained on other samples than data.shards holds now: "
+            "go back to those shards or choose another run_dir"
         )
     engine.load(found[-1])
     return TrainState(**content)

@@ -324,12 +324,38 @@ def _type_name(hint: Any) -> str:
 # ------------------------------------------------------------------------------------------------ checking
 
 
-SHARES = ("data.mask_rate", "data.mask_token_share", "data.random_token_share", "schedule.early_share", "optim.warmup_share",
-          "optim.decay_share", "optim.final_lr_share")  # fmt: skip
-POSITIVE = ("steps", "batch_size", "data.shuffle_window", "objective.chunk_rows", "schedule.speed", "save.every", "save.keep", "log.every",
-            "log.eval_every", "log.eval_samples", "optim.lr")  # fmt: skip
-NOT_NEGATIVE = ("micro_batch_size", "data.num_workers", "schedule.num_stages", "optim.clip", "optim.eps", "optim.weight_decay",
-                "save.trajectory_every", "save.trajectory_first")  # fmt: skip
+SHARES = (
+    "data.mask_rate",
+    "data.mask_token_share",
+    "data.random_token_share",
+    "schedule.early_share",
+    "optim.warmup_share",
+    "optim.decay_share",
+    "optim.final_lr_share",
+)
+POSITIVE = (
+    "steps",
+    "batch_size",
+    "data.shuffle_window",
+    "objective.chunk_rows",
+    "schedule.speed",
+    "save.every",
+    "save.keep",
+    "log.every",
+    "log.eval_every",
+    "log.eval_samples",
+    "optim.lr",
+)
+NOT_NEGATIVE = (
+    "micro_batch_size",
+    "data.num_workers",
+    "schedule.num_stages",
+    "optim.clip",
+    "optim.eps",
+    "optim.weight_decay",
+    "save.trajectory_every",
+    "save.trajectory_first",
+)
 
 
 def check(config: Config) -> list[str]:

@@ -1,10 +1,6 @@
-"""Samples in an order that is a pure function of (seed, epoch, index), masked by (seed, epoch, sample):
-ranks, workers and resume change nothing.
+"""Micro-batches: samples in an order that nothing but the seed decides, masked by (seed, epoch, sample).
 
-The only state is the number of consumed samples. Order: an epoch permutes blocks of neighbouring samples,
-then the samples inside windows of
-many blocks, so reads stay local while batches mix; both permutations are Feistel networks, computed where
-they are needed and never stored.
+The only state is the number of consumed samples: ranks, workers, micro-batches and resume change nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,18 +18,16 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.shards import ShardReader, TokenizerInfo
 from distill.config import DataConfig
 from distill.models import Inputs
+from distill.sample_order import GOLDEN, Ints, key_of, mix, sample_ids
 
-BLOCK = 256  # neighbouring samples that stay together on disk, hence in one read
 IGNORE = -100  # label of a position that is not counted
-UInt64s = npt.NDArray[np.uint64]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass
 class Batch:
-    """One micro-batch. rows_N: int64 indices into the flattened [B*L] positions that count; labels_N:
+    """One micro-batch.
 
-    their int64 labels.
+    rows_N: int64 indices, into the flattened [B*L] positions, of the rows that count; labels_N: their labels.
     """
 
     inputs: Inputs
@@ -47,79 +40,17 @@ class Batch:
         """The same batch on `device`."""
         if device.type == "cpu":
             return self
-        inputs = Inputs(*(None if t is None else t.to(device, non_blocking=True) for t in self.inputs))
-        rows_N, labels_N = (t.to(device, non_blocking=True) for t in (self.rows_N, self.labels_N))
-        return Batch(inputs, rows_N, labels_N, self.num_tokens, self.sample_ids)
 
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
 
-# ------------------------------------------------------------------------------------------------ order
-
-
-def mix(x: UInt64s) -> UInt64s:
-    """splitmix64's finaliser (Steele et al., OOPSLA 2014):
-
-    a bijection of 64-bit words that passes statistical batteries.
-    """
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def key_of(*parts: int) -> np.uint64:
-    """One 64-bit key of several integers, their order counting."""
-    key = np.zeros(1, np.uint64)
-    for part in parts:
-        key = mix(key + np.uint64(part % 2**64) + np.uint64(0x9E3779B97F4A7C15))
-    return np.uint64(key[0])
-
-
-def permute(index: Ints, size: int, key: np.uint64) -> Ints:
-    """A pseudo-random permutation of range(size), evaluated at `index` (any shape):
-
-    a 4-round Feistel network with cycle walking.
-    """
-    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
-    low = np.uint64((1 << int(half)) - 1)
-    round_keys = mix(np.full(4, key) + np.arange(4, dtype=np.uint64))
-    x = index.astype(np.uint64)
-    outside = np.ones(x.shape, bool)
-    while outside.any():  # the network permutes [0, 4^half); walk until back inside [0, size)
-        left, right = x[outside] >> half, x[outside] & low
-        for i in range(4):
-            left, right = right, left ^ (mix(right ^ round_keys[i]) & low)
-        x[outside] = (left << half) | right
-        outside = x >= np.uint64(size)
-    return x.astype(np.int64)
-
-
-def sample_ids(positions: Ints, num_samples: int, window: int, seed: int) -> tuple[Ints, Ints]:
-    """(epoch, sample id) of each position in the endless stream of samples.
-
-    Every epoch visits every sample once.
-    """
-    epochs, index = positions // num_samples, positions % num_samples
-    ids = np.empty_like(index)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        ids[here] = _shuffle(index[here], num_samples, window, seed, int(epoch))
-    return epochs, ids
-
-
-def _shuffle(index: Ints, num_samples: int, window: int, seed: int, epoch: int) -> Ints:
-    if window == 1:
-        return index
-    start = index - index % window
-    sizes = np.minimum(window, num_samples - start)
-    for first in np.unique(start):  # a batch touches one or two windows
-        here = start == first
-        index[here] = first + permute(
-            index[here] - first, int(sizes[here][0]), key_of(seed, epoch, 1, int(first))
+        ids, mask, positions = self.inputs
+        inputs = Inputs(
+            move(ids),
+            None if mask is None else move(mask),
+            None if positions is None else move(positions),
         )
-    num_blocks = num_samples // BLOCK  # the samples after the last whole block stay in the last window
-    whole = index < num_blocks * BLOCK
-    block = permute(index[whole] // BLOCK, max(num_blocks, 1), key_of(seed, epoch, 2))
-    index[whole] = block * BLOCK + index[whole] % BLOCK
-    return index
+        return Batch(inputs, move(self.rows_N), move(self.labels_N), self.num_tokens, self.sample_ids)
 
 
 # ------------------------------------------------------------------------------------------------ questions
@@ -138,8 +69,7 @@ def mask_tokens(
         [key_of(seed, 3, int(e), int(i)) for e, i in zip(epochs_B, ids_B, strict=False)], np.uint64
     )
     words = mix(
-        keys_B[:, None, None]
-        + np.arange(3 * tokens_BL.shape[1], dtype=np.uint64).reshape(3, -1) * np.uint64(0x9E3779B97F4A7C15)
+        keys_B[:, None, None] + np.arange(3 * tokens_BL.shape[1], dtype=np.uint64).reshape(3, -1) * GOLDEN
     )
     choose, replace, fresh = (words[:, i] for i in range(3))
     uniform = np.float64(2.0**-64)
@@ -151,7 +81,7 @@ def mask_tokens(
     how = replace * uniform
     masked = predicted & (how < config.mask_token_share)
     random = predicted & ~masked & (how < config.mask_token_share + config.random_token_share)
-    out_BL = np.where(masked, tokenizer.mask_id, tokens_BL)
+    out_BL = np.where(masked, np.int64(tokenizer.mask_id or 0), tokens_BL)
     return np.where(random, (fresh % np.uint64(tokenizer.vocab_size)).astype(np.int64), out_BL), labels_BL
 
 
@@ -288,4 +218,4 @@ def validation_batches(
 def _loader(samples: Samples, positions: Iterator[Ints]) -> DataLoader[Batch]:
     workers = samples.config.num_workers
     pin = torch.cuda.is_available()
-    return DataLoader(samples, batch_size=None, sampler=positions, num_workers=workers, pin_memory=pin)  # type: ignore[arg-type]
+    return DataLoader(samples, batch_size=None, sampler=positions, num_workers=workers, pin_memory=pin)

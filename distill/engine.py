@@ -62,13 +62,13 @@ class Engine:
     @property
     def model(self) -> PreTrainedModel:
         """The student's weights as they are now, in the dtype of training."""
-        return self._engine.module.model  # type: ignore[no-any-return]
+        return self._engine.module.model
 
     def forward(
         self, inputs: Inputs, rows_N: Tensor, labels_N: Tensor, teacher: Rows | None, objective: Any
     ) -> Divergence:
         """Sums of the objective over the rows of one micro-batch."""
-        return self._engine(inputs, rows_N, labels_N, teacher, objective)  # type: ignore[no-any-return]
+        return self._engine(inputs, rows_N, labels_N, teacher, objective)
 
     def backward(self, loss_sum: Tensor, global_count: float) -> None:
         """Gradients of loss_sum / global_count, summed over micro-batches and ranks.
@@ -96,7 +96,7 @@ class Engine:
             else 0.0
         )
         self._engine.step()
-        return norm if plain else self._engine.get_global_grad_norm()  # type: ignore[no-any-return]
+        return norm if plain else self._engine.get_global_grad_norm()
 
     def save(self, folder: Path) -> None:
         """Weights and optimizer state of all ranks into `folder`. Collective."""

@@ -14,7 +14,6 @@ from distill.evaluate import validate, validation_samples
 from distill.models import DTYPES, load_model, quiet_transformers
 from distill.run_folder import CONFIG
 from distill.train import layout, student_model
-from distill.trajectory.stream import copy_into
 
 
 def export_run(run_dir: Path, out: Path) -> Path:
@@ -38,7 +37,7 @@ def export_run(run_dir: Path, out: Path) -> Path:
     quiet_transformers()
     config = load_config([run_dir / CONFIG], [])
     model = student_model(config, Samples(config.data, "train", config.seed, shuffle=True))
-    copy_into(model, saved_weights(saved[-1]), step=int(saved[-1].name.removeprefix("step_")))
+    model.load_state_dict(saved_weights(saved[-1]))
     export(model.to(DTYPES[config.engine.dtype]), Path(config.data.shards) / "tokenizer", out)
     return out
 
@@ -50,7 +49,6 @@ def evaluate_folder(folder: Path, config: Config) -> dict[str, float]:
     quiet_transformers()
     world = distributed.start()
     samples = validation_samples(config)
-    model = load_model(config.data.task, folder, DTYPES[config.engine.dtype], samples.sequence_length).to(
-        world.device
-    )
+    model = load_model(config.data.task, folder, DTYPES[config.engine.dtype], samples.sequence_length)
+    model.to(device=world.device)  # type: ignore[call-arg]  # transformers wraps Module.to untyped
     return validate(model, samples, config, layout(config, world)[0], world)

@@ -34,10 +34,7 @@ def means(sums: dict[str, float]) -> dict[str, float]:
 
 
 class Sums:
-    """Sums of divergences on the device, read once in a while:
-
-    reading each step would make the host wait for a GPU.
-    """
+    """Sums of divergences, kept on the device: reading them each step would make the host wait for a GPU."""
 
     def __init__(self, device: torch.device, start: dict[str, float] | None = None) -> None:
         values = [(start or {}).get(key, 0.0) for key in SUMS]
@@ -168,10 +165,7 @@ def read_rows(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second for MFU:
-
-    the vendor's dense figure for known GPUs, else a measured matrix product.
-    """
+    """Floating-point operations a second: the vendor's dense figure for known GPUs, else measured."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for key, peak in {

@@ -1,7 +1,4 @@
-"""The folder of a run:
-
-claimed by one process group at a time, bound to one config, and marked when the run is done.
-"""
+"""The folder of a run: claimed by one process group at a time, bound to one config, marked when done."""
 
 from __future__ import annotations
 
@@ -86,7 +83,9 @@ def read_schedule(folder: Path) -> Schedule | None:
 
 def _lock(lock: Any, folder: Path) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(
+            lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # not flock: readers forked from a killed run would hold that for seconds
     except BlockingIOError:
         lock.seek(0)
         raise RunFolderError(

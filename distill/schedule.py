@@ -217,10 +217,7 @@ def ramp_at(ramp: Ramp, share: float) -> float:
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `steps`:
-
-    linear warm-up, then cosine, WSD or constant.
-    """
+    """Learning rate of step `step` (from 0) of `steps`: linear warm-up, then cosine, WSD or constant."""
     warmup = round(config.warmup_share * steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup

@@ -1,6 +1,6 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 ask a run to save and leave. Imports no torch:
+"""Ctrl-C, SIGTERM and SIGUSR1 ask a run to save and leave.
 
-handlers must stand before its slow import.
+Imports no torch: the handlers must stand before its slow import.
 """
 
 from __future__ import annotations

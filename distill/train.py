@@ -59,10 +59,7 @@ class Diverged(ValueError):
 
 
 def refuse_diverged(value: float, name: str, state: TrainState, config: Config) -> None:
-    """Called before a row or a checkpoint is written:
-
-    a run that can't recover must not replace the state it could go on from.
-    """
+    """Called before a row or a checkpoint is written: a run that can't recover must not replace good state."""
     if not math.isfinite(value):
         raise Diverged(
             f"the {name} is {value} at step {state.step}: lower optim.lr ({config.optim.lr}) or lengthen the warm-up"
@@ -212,8 +209,8 @@ def first_schedule(config: Config, trajectory: Manifest) -> Schedule:
     """
     if not trajectory.complete and not (config.schedule.checkpoints or config.schedule.stages):
         raise BadTrajectory(
-            f"{trajectory.root}: the teacher's run has not ended, its newest checkpoint is step {max(trajectory.checkpoints, default=0)}: "
-            "let it end, or name the teacher steps in schedule.checkpoints or schedule.stages"
+            f"{trajectory.root}: the teacher's run has not ended, its newest checkpoint is "
+            f"step {max(trajectory.checkpoints, default=0)}: let it end, or name the teacher steps in schedule.checkpoints or schedule.stages"
         )
     return make_schedule(
         config.schedule, list(trajectory.checkpoints), trajectory.losses, config.steps, config.batch_size

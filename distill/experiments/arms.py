@@ -63,7 +63,7 @@ def train_arm(run_dir: Path, config: Path, settings: Sequence[str]) -> dict[str,
     """Train one run to its end, unless that is done. Returns its result.json."""
     if read_result(run_dir) is None:
         run_command("distill", "train", str(config), f"run_dir={run_dir}", *settings)
-    return json.loads((run_dir / "result.json").read_text())  # type: ignore[no-any-return]
+    return json.loads((run_dir / "result.json").read_text())
 
 
 def curve(run_dir: Path, key: str) -> tuple[list[int], list[float]]:

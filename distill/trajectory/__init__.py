@@ -1,4 +1,1 @@
-"""A teacher's checkpoints as one object:
-
-names, manifest, and the stream that has the next teacher ready before its stage.
-"""
+"""A teacher's checkpoints as one object: names, manifest, and the stream that reads the next one ahead."""

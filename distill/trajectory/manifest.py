@@ -1,8 +1,4 @@
-"""manifest.json:
-
-the one description of a trajectory, written checkpoint by checkpoint, checked before anything is taught from
-it.
-"""
+"""manifest.json: the one description of a trajectory, written checkpoint by checkpoint, checked before use."""
 
 from __future__ import annotations
 
@@ -26,9 +22,9 @@ class BadTrajectory(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint: folder relative to the manifest, files {name:
+    """One checkpoint: its folder, relative to the manifest, and files {name: [bytes, sha256]}.
 
-    [bytes, sha256]}, tokens seen, validation loss (nats a token).
+    tokens: seen in training so far; validation_loss: nats a counted token; None where the source doesn't tell.
     """
 
     step: int
@@ -128,7 +124,8 @@ def verify(manifest: Manifest, checkpoint: Checkpoint) -> None:
             )
         if (found_sha := sha256_of(path)) != sha:
             raise BadTrajectory(
-                f"teacher step {checkpoint.step}: {path} has sha256 {found_sha[:12]}, the manifest says {sha[:12]}: fetch it again"
+                f"teacher step {checkpoint.step}: {path} has sha256 {found_sha[:12]}, "
+                f"the manifest says {sha[:12]}: fetch it again"
             )
 
 

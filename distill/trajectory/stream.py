@@ -7,51 +7,43 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from distill.models import load_model
 from distill.trajectory.manifest import BadTrajectory, Manifest, verify
-
-# Buffers that older checkpoints carry and newer code recomputes.
-RECOMPUTED = (
-    "rotary_emb.inv_freq",
-    "attention.bias",
-    "attention.masked_bias",
-    "attn.bias",
-    "attn.masked_bias",
-    "embeddings.position_ids",
-)
 
 
 class CheckpointStream:
-    """Verified weights of a trajectory's checkpoints, one ahead."""
+    """Verified checkpoints of a trajectory, one ahead."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
+    def __init__(self, manifest: Manifest, task: str, sequence_length: int) -> None:
+        self.manifest, self.task, self.sequence_length = manifest, task, sequence_length
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-teacher")
-        self._pending: dict[int, Future[dict[str, Tensor]]] = {}
+        self._pending: dict[int, Future[PreTrainedModel]] = {}
 
     def prefetch(self, step: int) -> None:
         """Start reading the checkpoint of teacher step `step`, unless that is under way."""
         if step not in self._pending:
-            self._pending[step] = self._thread.submit(read_weights, self.manifest, step)
+            arguments = (self.manifest, step, self.task, self.sequence_length)
+            self._pending[step] = self._thread.submit(read_checkpoint, *arguments)
 
-    def take(self, step: int) -> tuple[dict[str, Tensor], float]:
-        """(weights by name, on CPU; seconds the caller waited). Raises BadTrajectory as `read_weights`."""
+    def take(self, step: int) -> tuple[PreTrainedModel, float]:
+        """(the model, fp32 on CPU; seconds the caller waited). Raises BadTrajectory as `read_checkpoint`."""
         self.prefetch(step)
         start = time.perf_counter()
-        weights = self._pending.pop(step).result()
-        return weights, time.perf_counter() - start
+        model = self._pending.pop(step).result()
+        return model, time.perf_counter() - start
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def read_weights(manifest: Manifest, step: int) -> dict[str, Tensor]:
-    """Weights of one checkpoint, after its files were checked against the manifest.
+def read_checkpoint(manifest: Manifest, step: int, task: str, sequence_length: int) -> PreTrainedModel:
+    """One checkpoint, after its files were checked against the manifest.
 
     Raises:
-        BadTrajectory: unknown step, a file that is missing or differs, or a value that is not finite.
+        BadTrajectory: unknown step, a file that is missing or differs, weights that the architecture needs
+            and the files lack, or a value that is not finite.
     """
     if step not in manifest.checkpoints:
         raise BadTrajectory(
@@ -59,44 +51,16 @@ def read_weights(manifest: Manifest, step: int) -> dict[str, Tensor]:
         )
     checkpoint = manifest.checkpoints[step]
     verify(manifest, checkpoint)
-    weights: dict[str, Tensor] = {}
-    for name in checkpoint.files:
-        if name.endswith(".safetensors"):
-            weights |= load_file(Path(manifest.root) / checkpoint.folder / name)
-    for name, tensor in weights.items():
+    folder = Path(manifest.root) / checkpoint.folder
+    try:
+        # transformers knows shards, ties and the names that older versions gave. In fp32, because it sets the
+        # process's default dtype while it loads, and the training thread relies on that being fp32.
+        model = load_model(task, folder, torch.float32, sequence_length)
+    except ValueError as error:
+        raise BadTrajectory(f"teacher step {step}: {error}") from error
+    for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise BadTrajectory(
                 f"teacher step {step}: {name} holds values that are not finite; use another checkpoint"
             )
-    return weights
-
-
-def copy_into(model: nn.Module, weights: dict[str, Tensor], step: int) -> None:
-    """Overwrite the model's weights in place, in its dtype and on its device. Tied names need one of their
-    group.
-
-    Raises:
-        BadTrajectory: a name the model lacks, another shape, or weights that stayed untouched.
-    """
-    own = model.state_dict(keep_vars=True)
-    filled = set()
-    for name, tensor in weights.items():
-        if name not in own:
-            if name.endswith(RECOMPUTED):
-                continue
-            raise BadTrajectory(
-                f"teacher step {step}: the model has no weight {name!r}; is it another architecture?"
-            )
-        if own[name].shape != tensor.shape:
-            raise BadTrajectory(
-                f"teacher step {step}: {name} has shape {tuple(tensor.shape)}, the model {tuple(own[name].shape)}"
-            )
-        own[name].data.copy_(tensor)
-        filled.add(own[name].data_ptr())
-    missing = [
-        name
-        for name, value in own.items()
-        if value.data_ptr() not in filled and not name.endswith(RECOMPUTED)
-    ]
-    if missing:
-        raise BadTrajectory(f"teacher step {step}: the checkpoint lacks {missing[:5]}")
+    return model
