@@ -210,7 +210,8 @@ def first_schedule(config: Config, trajectory: Manifest) -> Schedule:
     if not trajectory.complete and not (config.schedule.checkpoints or config.schedule.stages):
         raise BadTrajectory(
             f"{trajectory.root}: the teacher's run has not ended, its newest checkpoint is "
-            f"step {max(trajectory.checkpoints, default=0)}: let it end, or name the teacher steps in schedule.checkpoints or schedule.stages"
+            f"step {max(trajectory.checkpoints, default=0)}: let it end, or "
+            "name the teacher steps in schedule.checkpoints or schedule.stages"
         )
     return make_schedule(
         config.schedule, list(trajectory.checkpoints), trajectory.losses, config.steps, config.batch_size

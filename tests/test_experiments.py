@@ -23,6 +23,8 @@ TINY = (
 )
 QUICK = (
     "steps=8",
+    "save.trajectory_every=2",
+    "save.trajectory_first=0",
     "batch_size=8",
     "save.every=4",
     "log.every=2",
