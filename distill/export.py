@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from distill import distributed
+from distill.build import layout, student_model
 from distill.checkpoint import export, saved_checkpoints
 from distill.config import Config, load_config
 from distill.data import Samples
@@ -13,7 +14,6 @@ from distill.engine import saved_weights
 from distill.evaluate import validate, validation_samples
 from distill.models import DTYPES, load_model, quiet_transformers
 from distill.run_folder import CONFIG
-from distill.train import layout, student_model
 
 
 def export_run(run_dir: Path, out: Path) -> Path:
@@ -38,7 +38,8 @@ def export_run(run_dir: Path, out: Path) -> Path:
     config = load_config([run_dir / CONFIG], [])
     model = student_model(config, Samples(config.data, "train", config.seed, shuffle=True))
     model.load_state_dict(saved_weights(saved[-1]))
-    export(model.to(DTYPES[config.engine.dtype]), Path(config.data.shards) / "tokenizer", out)
+    model.to(dtype=DTYPES[config.engine.dtype])  # type: ignore[call-arg]
+    export(model, Path(config.data.shards) / "tokenizer", out)
     return out
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from data_prep.files import remove_temporary_files
 from distill.config import Config, fields_of, to_yaml
 from distill.files import write_text
 from distill.schedule import Schedule, schedule_from_json
@@ -59,6 +60,8 @@ def claim(config: Config, is_main: bool) -> Iterator[Path]:
         raise RunFolderError(f"run_dir {folder} can't be written: {error}") from error
     with lock:
         _lock(lock, folder)
+        for place in (folder, folder / "trajectory"):
+            remove_temporary_files(place)
         stored = folder / CONFIG
         if stored.exists():
             _refuse_other_settings(folder, yaml.safe_load(stored.read_text(encoding="utf-8")), config)

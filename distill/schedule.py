@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from distill.config import OptimConfig, Ramp, ScheduleConfig
+from distill.config import Config, OptimConfig, Ramp, ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -241,3 +241,26 @@ def is_trajectory_step(step: int, every: int, first: int) -> bool:
         return False
     log_spaced = first > 0 and step < every and step % first == 0 and (step // first).bit_count() == 1
     return step % every == 0 or log_spaced
+
+
+@dataclass(frozen=True)
+class Due:
+    """What a run does after a step."""
+
+    log: bool
+    validate: bool
+    leave_checkpoint: bool  # in the trajectory of a teacher run
+    save: bool
+
+
+def due_after(step: int, config: Config) -> Due:
+    """What is due after `step` steps. A checkpoint of a trajectory is always validated, and so is the last step."""
+    last = step == config.steps
+    first, every = config.save.trajectory_first, config.save.trajectory_every
+    leave_checkpoint = is_trajectory_step(step, every, first) or (last and every > 0)
+    return Due(
+        log=step % config.log.every == 0,
+        validate=step % config.log.eval_every == 0 or leave_checkpoint or last,
+        leave_checkpoint=leave_checkpoint,
+        save=step % config.save.every == 0 or last,
+    )

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from data_prep.shards import TokenizerInfo
 from distill.config import Config
 from distill.models import DTYPES, Inputs, Rows, check_split, counted_rows
+from distill.schedule import Schedule
 from distill.trajectory.manifest import BadTrajectory, Manifest
 from distill.trajectory.stream import CheckpointStream
 
@@ -43,6 +44,10 @@ class Teacher:
         if following is not None:
             self._stream.prefetch(following)
         return waited
+
+    def follow(self, schedule: Schedule, consumed: int) -> float:
+        """Be the teacher of the sample after `consumed` samples, and have the next one fetched. Seconds waited."""
+        return self.use(schedule.checkpoint_at(consumed), schedule.checkpoint_after(consumed))
 
     @torch.no_grad()
     def rows(self, inputs: Inputs, rows_N: torch.Tensor) -> Rows:

@@ -18,7 +18,7 @@ FLOORS = {
     0: {"config", "schedule", "distributed", "models", "targets", "files", "signals", "sample_order"},
     1: {"kernels", "data", "engine", "metrics", "trajectory", "run_folder"},
     2: {"objectives", "teacher", "checkpoint", "probes", "plan"},
-    3: {"train", "score", "evaluate", "export"},
+    3: {"train", "score", "evaluate", "build", "accounting", "export"},
     4: {"experiments", "__main__"},
 }
 # Library -> the files (or folders) that may import it.

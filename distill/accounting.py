@@ -1,0 +1,95 @@
+"""What the steps since the last row of metrics gave and cost."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+
+from distill.build import Run
+from distill.checkpoint import TrainState
+from distill.config import Config
+from distill.distributed import sum_over_ranks
+from distill.metrics import Stopwatch, Sums, means, peak_flops
+from distill.models import DTYPES, flops_per_step
+from distill.objectives import weights_at
+from distill.schedule import ramp_at
+
+Norm = float | torch.Tensor  # a tensor on a GPU, read only when it is logged
+
+
+class Diverged(ValueError):
+    """The loss is not finite any more."""
+
+
+def refuse_diverged(value: float, name: str, state: TrainState, config: Config) -> None:
+    """Called before a row or a checkpoint is written: a run that can't recover must not replace good state."""
+    if not math.isfinite(value):
+        raise Diverged(
+            f"the {name} is {value} at step {state.step}: lower optim.lr ({config.optim.lr}) or lengthen the warm-up"
+        )
+
+
+class Window:
+    """Sums and clocks since the last row of metrics."""
+
+    def __init__(self, run: Run, state: TrainState) -> None:
+        self.run = run
+        self.tokens = state.window.get("tokens", 0.0)
+        stored = state.window if run.world.is_main else None  # it was summed over the ranks
+        self.sums = Sums(run.world.device, stored)
+        self.peak = peak_flops(run.world.device, DTYPES[run.config.engine.dtype]) * run.world.size
+        self._restart_clocks()
+
+    def _restart_clocks(self) -> None:
+        self.teacher_clock = Stopwatch(self.run.world.device)
+        self.stall_seconds, self.start = 0.0, time.perf_counter()
+
+    def _total(self) -> dict[str, float]:
+        local = self.sums.read()
+        return dict(zip(local, sum_over_ranks(list(local.values()), self.run.world), strict=True))
+
+    def store(self, state: TrainState) -> None:
+        """Put what a resumed run needs into its state; sums are over all ranks, kept by the main one."""
+        total = self._total()
+        refuse_diverged(total["loss"], "loss", state, self.run.config)
+        state.window = {"tokens": self.tokens, **total} if self.run.world.is_main else {}
+
+    def row(self, state: TrainState, lr: float, grad_norm: Norm) -> dict[str, Any]:
+        """The row of the steps since the last one, over all ranks; starts a new window.
+
+        Raises Diverged if the loss is not finite.
+        """
+        config, share = self.run.config, (state.step - 1) / self.run.config.steps
+        total = self._total()  # on a GPU this waits for the step to end
+        seconds, teacher_seconds = time.perf_counter() - self.start, self.teacher_clock.take()
+        values: dict[str, Any] = {
+            "samples": state.consumed,
+            **means(total),
+            "grad_norm": float(grad_norm),
+            "lr": lr,
+        }
+        refuse_diverged(values["loss"], "loss", state, config)
+        if self.run.schedule:
+            values["teacher_step"] = self.run.schedule.checkpoint_at(state.consumed - config.batch_size)
+            values["temperature"] = ramp_at(config.objective.temperature, share)
+        values |= {f"weight_{name}": weight for name, weight in weights_at(config.objective, share).items()}
+        flops = flops_per_step(
+            self.run.engine.model,
+            int(self.tokens),
+            total["num_rows"],
+            self.run.samples.sequence_length,
+            backward=True,
+        )
+        values |= {
+            "seconds": seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "mfu": flops / seconds / self.peak,
+            "teacher_share": teacher_seconds / seconds,
+            "stall_seconds": self.stall_seconds,
+        }
+        self.sums, self.tokens = Sums(self.run.world.device), 0.0
+        self._restart_clocks()
+        return values

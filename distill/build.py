@@ -1,0 +1,145 @@
+"""All parts of a run, built from its config; whatever does not fit together is refused here."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from distill.config import Config
+from distill.data import Samples
+from distill.distributed import World
+from distill.engine import Engine
+from distill.evaluate import validation_samples
+from distill.models import build_model, check_split, load_model, num_parameters, quiet_transformers
+from distill.run_folder import read_schedule
+from distill.schedule import Schedule, make_schedule
+from distill.teacher import Teacher
+from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """All parts of a run, built."""
+
+    config: Config
+    world: World
+    folder: Path
+    samples: Samples
+    validation: Samples
+    engine: Engine
+    micro: int
+    schedule: Schedule | None
+    teacher: Teacher | None
+    manifest: Manifest | None  # of the trajectory that this run leaves
+
+    @property
+    def vocab_size(self) -> int:
+        return self.samples.tokenizer.vocab_size
+
+    @property
+    def tokenizer(self) -> Path:
+        return Path(self.config.data.shards) / "tokenizer"
+
+
+def build_run(config: Config, world: World, folder: Path) -> Run:
+    """Build every part of the run in `folder`. Raises ValueError (and its kinds) for what can't be trained on."""
+    quiet_transformers()
+    samples = Samples(config.data, "train", config.seed, shuffle=True)
+    micro, accumulation = layout(config, world)
+    schedule, teacher = None, None
+    if config.teacher.trajectory:
+        trajectory = load_manifest(Path(config.teacher.trajectory))
+        schedule = read_schedule(folder) or first_schedule(config, trajectory)
+        teacher = Teacher(trajectory, config, samples.tokenizer, samples.sequence_length, world.device)
+        if world.is_main:
+            log.info("teacher schedule\n%s", schedule.table())
+    model = student_model(config, samples)
+    log.info("model: %s, %.2f M parameters", model.config.model_type, num_parameters(model) / 1e6)
+    model.to(device=world.device)  # type: ignore[call-arg]  # transformers wraps Module.to untyped
+    engine = Engine(model, config, world, accumulation)
+    manifest = own_trajectory(config, folder, samples) if config.save.trajectory_every else None
+    return Run(
+        config, world, folder, samples, validation_samples(config), engine, micro, schedule, teacher, manifest
+    )
+
+
+def first_schedule(config: Config, trajectory: Manifest) -> Schedule:
+    """The schedule of a run that starts; one that goes on keeps it, even if the trajectory has grown.
+
+    Raises:
+        BadTrajectory: the teacher's own run has not ended, and the schedule would take its newest checkpoint
+            for the final one.
+    """
+    if not trajectory.complete and not (config.schedule.checkpoints or config.schedule.stages):
+        raise BadTrajectory(
+            f"{trajectory.root}: the teacher's run has not ended, its newest checkpoint is "
+            f"step {max(trajectory.checkpoints, default=0)}: let it end, or "
+            "name the teacher steps in schedule.checkpoints or schedule.stages"
+        )
+    return make_schedule(
+        config.schedule, list(trajectory.checkpoints), trajectory.losses, config.steps, config.batch_size
+    )
+
+
+def layout(config: Config, world: World) -> tuple[int, int]:
+    """(sequences a micro-batch, micro-batches a step) of one rank.
+
+    Raises:
+        ValueError: the batch does not divide.
+    """
+    share, remainder = divmod(config.batch_size, world.size)
+    micro = config.micro_batch_size or share
+    if remainder or share % micro:
+        raise ValueError(
+            f"batch_size {config.batch_size} must be {world.size} rank(s) x micro_batch_size {micro} x a whole number"
+        )
+    return micro, share // micro
+
+
+def student_model(config: Config, samples: Samples) -> PreTrainedModel:
+    """The model to train: new from the seed, or loaded. Same seed, same weights, whatever the teacher."""
+    tokenizer = samples.tokenizer
+    if config.model.init_from:
+        model = load_model(
+            config.data.task, Path(config.model.init_from), torch.float32, samples.sequence_length
+        )
+    else:
+        begin, end = tokenizer.bos_id, tokenizer.eos_id
+        specials = {
+            "pad_token_id": tokenizer.pad_id,
+            "bos_token_id": begin,
+            "eos_token_id": end,
+            "cls_token_id": begin,
+            "sep_token_id": end,
+        }
+        model = build_model(
+            config.data.task,
+            config.model.architecture,
+            config.model.overrides,
+            vocab_size=tokenizer.vocab_size,
+            sequence_length=samples.sequence_length,
+            special_ids=specials,
+            seed=config.seed,
+        )
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"the model has {model.config.vocab_size} logits, the shards' tokenizer {tokenizer.vocab_size} tokens"
+        )
+    check_split(model)
+    return model
+
+
+def own_trajectory(config: Config, folder: Path, samples: Samples) -> Manifest:
+    """The manifest of the trajectory that this run leaves: new, or as it stands when the run goes on."""
+    root = folder / "trajectory"
+    if (root / "manifest.json").exists():
+        return load_manifest(root)
+    root.mkdir(exist_ok=True)
+    tokenizer = samples.tokenizer
+    return Manifest(root, "distill", config.model.architecture, tokenizer.vocab_size, tokenizer.sha256)
