@@ -105,12 +105,16 @@ def report(result: Mapping[str, object]) -> None:
 
 def main() -> int:
     """Entry point of `distill`; returns the exit code."""
-    catch_stop_signals()
     arguments = build_parser().parse_args()
+    if arguments.command == "train":  # the others have nothing to save
+        catch_stop_signals()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         run(arguments)
-    except ValueError as error:  # all that a user can mend is a ValueError with a sentence
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # all that a user can mend has a sentence; faults of a disk name the file
         print(f"distill: {error}", file=sys.stderr)
         return 2
     except Exception as error:

@@ -46,6 +46,12 @@ class Run:
     def tokenizer(self) -> Path:
         return Path(self.config.data.shards) / "tokenizer"
 
+    def follow_schedule(self, consumed: int) -> float:
+        """Let the checkpoint teach that rules after `consumed` samples. Seconds waited for it."""
+        if self.teacher is None or self.schedule is None or consumed >= self.schedule.total_samples:
+            return 0.0
+        return self.teacher.follow(self.schedule, consumed)
+
 
 def build_run(config: Config, world: World, folder: Path) -> Run:
     """Build every part of the run in `folder`. Raises ValueError (and its kinds) for what can't be trained on."""

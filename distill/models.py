@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -153,7 +154,7 @@ def load_model(task: str, folder: Path, dtype: torch.dtype, sequence_length: int
             output_loading_info=True,
             attn_implementation=ATTENTION,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} can't be loaded as a {task} model: {error}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
@@ -202,9 +203,12 @@ def check_split(model: PreTrainedModel) -> None:
         ValueError: the two differ on a probe input.
     """
     ids_BL = torch.arange(8, device=model.device).remainder(model.config.vocab_size).unsqueeze(0)
+    was_training = model.training
+    model.eval()  # with dropout two forwards differ
     with torch.no_grad():
         rows = counted_rows(model, Inputs(ids_BL, None, None), torch.arange(8, device=model.device))
         whole, split = model(input_ids=ids_BL).logits[0], rows.head(rows.hidden_ND)
+    model.train(was_training)
     if not torch.allclose(whole, split, rtol=1e-2, atol=1e-2):
         raise ValueError(
             f"{model.config.model_type}: the logits are not head(trunk(x)); this architecture is not supported"

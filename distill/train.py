@@ -46,18 +46,21 @@ def train(config: Config) -> dict[str, Any]:
         if (result := read_result(folder)) is not None:
             return result
         run = build_run(config, world, folder)
+        state = checkpoint.resume(folder, run.engine, run.samples.fingerprint, world)
+        window = Window(run, state)
+        window.stall_seconds += run.follow_schedule(
+            state.consumed
+        )  # a bad teacher binds the folder to nothing
         if world.is_main:
             store_settings(folder, config, run.schedule)
-        state = checkpoint.resume(folder, run.engine, run.samples.fingerprint, world)
-        window, rows = Window(run, state), Log(folder, state.step, config.steps, world.is_main)
+        rows = Log(folder, state.step, config.steps, world.is_main)
         batches = train_batches(
             run.samples, state.consumed, config.batch_size, run.micro, world.rank, world.size
         )
         found: dict[str, float] = {}
 
         while state.step < config.steps:
-            if run.teacher and run.schedule:
-                window.stall_seconds += run.teacher.follow(run.schedule, state.consumed)
+            window.stall_seconds += run.follow_schedule(state.consumed)
             objective = make_objective(config.objective, state.step / config.steps, run.vocab_size)
             lr = learning_rate(config.optim, state.step, config.steps)
             grad_norm = train_step(run, batches, objective, lr, state, window)
