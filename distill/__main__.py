@@ -10,7 +10,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from distill.config import help_text, load_config
+from distill.config import help_text
+from distill.config_reader import load_config
 from distill.signals import catch_stop_signals
 
 TRAIN_HELP = """keys (defaults < YAML files < key=value):

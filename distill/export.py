@@ -8,7 +8,8 @@ from pathlib import Path
 from distill import distributed
 from distill.build import layout, student_model
 from distill.checkpoint import export, saved_checkpoints
-from distill.config import Config, load_config
+from distill.config import Config
+from distill.config_reader import load_config
 from distill.data import Samples
 from distill.engine import saved_weights
 from distill.evaluate import validate, validation_samples

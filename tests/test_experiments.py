@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import fields_of, load_config
+from distill.config import fields_of
+from distill.config_reader import load_config
 from distill.experiments.arms import mean_and_spread, steps_to, table
 from distill.experiments.wiki_books import CONFIGS, arms
 

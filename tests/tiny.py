@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,18 @@ import numpy as np
 import torch
 
 from data_prep.shards import TokenizerInfo, write_shards
-from distill.config import Config, load_config
+from distill.config import Config
+from distill.config_reader import load_config
 from distill.metrics import CLOCK, METRICS, read_rows
 
 LENGTH, VOCABULARY = 32, 128
 TOKENIZER = TokenizerInfo("5" * 64, VOCABULARY, pad_id=0, unk_id=1, bos_id=2, eos_id=3, mask_id=4)
 ROOT = Path(__file__).resolve().parent.parent
+# What DeepSpeed and transformers would import when a run is under way, four seconds in all.
+IMPORTED_LATE = (
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("bert", "gpt2")),
+)
 WIDTH_32 = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SIZES = {
     "bert": WIDTH_32,
@@ -168,15 +175,25 @@ class Started:
         output: Path,
         environ: dict[str, str] | None = None,
         kill: Kill | None = None,
+        own_group: bool = False,
     ) -> None:
         self.output = output
-        self._process = _server().Process(target=_distill, args=(arguments, str(output), environ or {}, kill))
+        output.touch()
+        target = (arguments, str(output), environ or {}, kill, own_group)
+        self._process = _server().Process(target=_distill, args=target)
         self._process.start()
 
     @property
     def pid(self) -> int:
         assert self._process.pid is not None
-        return self._process.pid
+        return int(self._process.pid)
+
+    def is_alive(self) -> bool:
+        return bool(self._process.is_alive())
+
+    def kill(self) -> None:
+        """SIGKILL, unless it has ended."""
+        self._process.kill()
 
     def wait(self, seconds: float = 240) -> Ended:
         self._process.join(seconds)
@@ -191,15 +208,21 @@ class Started:
 def _server() -> Any:
     """Forks of a process that has imported torch and the loop but run nothing: a start costs no seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distill.train", "distill.export", "tiny"])
+    context.set_forkserver_preload(["distill.train", "distill.export", "tiny", *IMPORTED_LATE])
     return context
 
 
-def _distill(arguments: list[str], output: str, environ: dict[str, str], kill: Kill | None) -> None:
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _distill(
+    arguments: list[str], output: str, environ: dict[str, str], kill: Kill | None, own_group: bool
+) -> None:
+    if own_group:
+        os.setpgid(0, 0)
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ.update(environ, PYTHONWARNINGS="ignore")
+    os.environ.update(environ)
+    warnings.simplefilter("ignore")
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that a shell has started
     torch.set_num_threads(1)
     if kill:
         kill.arm()
@@ -211,30 +234,26 @@ def _distill(arguments: list[str], output: str, environ: dict[str, str], kill: K
 
 def distill(arguments: list[str], folder: Path, kill: Kill | None = None) -> Ended:
     """Run `distill ARGUMENTS` to its end in a process of its own."""
-    return Started(arguments, folder / f"output-{len(list(folder.glob('output-*')))}.txt", kill=kill).wait()
+    return Started(arguments, _new_output(folder), kill=kill).wait()
 
 
 def distill_on_ranks(arguments: list[str], folder: Path, size: int, kill: Kill | None = None) -> list[Ended]:
     """The same on `size` ranks with the variables that torchrun sets; `kill` strikes rank 0."""
-    port = free_port()
-    started = []
-    for rank in range(size):
-        environ = {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(size),
-            "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        number = len(list(folder.glob("output-*")))
-        output = folder / f"output-{number}.txt"
-        output.touch()
-        started.append(Started(arguments, output, environ, kill if rank == 0 else None))
+    meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    kills = [kill] + [None] * (size - 1)
+    started = [Started(arguments, _new_output(folder), e, k) for e, k in zip(ranks, kills, strict=True)]
     first = started[0].wait()
     for other in started[1:]:
         if first.code < 0:  # a launcher ends the others when one dies
-            os.kill(other.pid, signal.SIGKILL)
+            other.kill()
     return [first, *(s.wait() for s in started[1:])]
+
+
+def _new_output(folder: Path) -> Path:
+    path = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
+    path.touch()
+    return path
 
 
 def free_port() -> int:

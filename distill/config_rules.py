@@ -1,0 +1,127 @@
+"""What a config must hold beyond the types of its fields: ranges, and settings that contradict each other."""
+
+from __future__ import annotations
+
+import difflib
+
+from distill.config import OBJECTIVES, Config, Ramp, fields_of
+
+SHARES = (
+    "data.mask_rate",
+    "data.mask_token_share",
+    "data.random_token_share",
+    "schedule.early_share",
+    "optim.warmup_share",
+    "optim.decay_share",
+    "optim.final_lr_share",
+)
+POSITIVE = (
+    "steps",
+    "batch_size",
+    "data.shuffle_window",
+    "objective.chunk_rows",
+    "schedule.speed",
+    "save.every",
+    "save.keep",
+    "log.every",
+    "log.eval_every",
+    "log.eval_samples",
+    "optim.lr",
+)
+NOT_NEGATIVE = (
+    "micro_batch_size",
+    "data.num_workers",
+    "schedule.num_stages",
+    "optim.clip",
+    "optim.eps",
+    "optim.weight_decay",
+    "save.trajectory_every",
+    "save.trajectory_first",
+)
+
+
+def check(config: Config) -> list[str]:
+    """Every value out of range and every contradiction in `config`, as lines for the user."""
+    problems = [
+        f"{key} must be one of {', '.join(f.metadata['choices'])}, got {value!r}"
+        for key, f, value in fields_of(config)
+        if f.metadata["choices"] and value not in f.metadata["choices"]
+    ]
+    for rule, message in _rules(config):
+        if not rule:
+            problems.append(message)
+    for name, ramp in {**config.objective.weights, "temperature": config.objective.temperature}.items():
+        problems += [f"objective {name}: {p}" for p in _ramp_problems(ramp)]
+    return problems
+
+
+def _rules(c: Config) -> list[tuple[bool, str]]:
+    at = {key: value for key, _, value in fields_of(c)}
+    needs_teacher = any(name != "hard" for name in c.objective.weights)
+    kind, stage = c.schedule.kind, c.schedule
+    return [
+        *[(0 <= at[k] <= 1, f"{k} must lie in 0 to 1, got {at[k]}") for k in SHARES],
+        *[(at[k] > 0, f"{k} must be above 0, got {at[k]}") for k in POSITIVE],
+        *[(at[k] >= 0, f"{k} must not be negative, got {at[k]}") for k in NOT_NEGATIVE],
+        *[
+            (0 <= at[k] < 1, f"{k} must be at least 0 and below 1, got {at[k]}")
+            for k in ("optim.beta1", "optim.beta2")
+        ],
+        (bool(c.run_dir), "run_dir is not set: give the run a folder, e.g. run_dir=runs/student"),
+        (bool(c.data.shards), "data.shards is not set: make shards with `python -m data_prep shards`"),
+        (
+            c.data.mask_token_share + c.data.random_token_share <= 1,
+            "data.mask_token_share + data.random_token_share must not pass 1, got "
+            f"{c.data.mask_token_share} + {c.data.random_token_share}",
+        ),
+        (c.engine.zero_stage in (0, 1, 2), f"engine.zero_stage must be 0, 1 or 2, got {c.engine.zero_stage}"),
+        (
+            not (c.engine.zero_stage == 0 and c.engine.dtype == "bf16"),
+            "engine.zero_stage=0 with bf16 takes a wrong first Adam step in DeepSpeed; use zero_stage=1, which costs the same",
+        ),
+        *[
+            (name in OBJECTIVES, f"objective.weights.{name} is unknown{_nearest_of(name, OBJECTIVES)}")
+            for name in c.objective.weights
+        ],
+        (
+            bool(c.teacher.trajectory) or not needs_teacher,
+            "objective.weights names a teacher's objective but teacher.trajectory is not set; "
+            "set it, or train on labels with objective.weights={hard: 1}",
+        ),
+        (
+            not c.teacher.trajectory or needs_teacher,
+            "teacher.trajectory is set but objective.weights only has `hard`: the teacher would run for nothing",
+        ),
+        (
+            kind != "explicit" or bool(stage.stages),
+            "schedule.kind=explicit needs schedule.stages=[[step, teacher step], ...]",
+        ),
+        (kind != "n_t" or stage.stage_steps > 0, "schedule.kind=n_t needs schedule.stage_steps above 0"),
+        (
+            kind == "two_shot" or len(stage.checkpoints) != 1 or kind == "one_shot",
+            "schedule.checkpoints has one entry: use kind=one_shot",
+        ),
+        (
+            all(len(pair) == 2 for pair in stage.stages),
+            f"schedule.stages must be pairs [student step, teacher step], got {stage.stages}",
+        ),
+        (
+            not c.save.trajectory_first or c.save.trajectory_every > 0,
+            "save.trajectory_first needs save.trajectory_every, the steps between the later checkpoints",
+        ),
+    ]
+
+
+def _ramp_problems(ramp: Ramp) -> list[str]:
+    points = ramp if isinstance(ramp, list) else [[0.0, ramp]]
+    if not points or any(len(p) != 2 for p in points):
+        return [f"a ramp is a list of [share, value], got {ramp!r}"]
+    shares = [p[0] for p in points]
+    if shares != sorted(shares) or not 0 <= shares[0] <= shares[-1] <= 1:
+        return [f"the shares of a ramp must rise within 0 to 1, got {shares}"]
+    return [f"must not be negative, got {p[1]}" for p in points if p[1] < 0]
+
+
+def _nearest_of(name: str, names: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(names)}"
