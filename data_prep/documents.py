@@ -141,6 +141,8 @@ def _identity(folder: Path) -> dict[str, Any]:
 
 def _work(stage: Stage, folders: list[Path], rules: Filter, workers: int) -> dict[str, Any]:
     parts = [path for folder in folders for path in part_paths(folder)]
+    if not parts:
+        raise ValueError(f"no documents in {', '.join(map(str, folders))}: give folders that hold some")
     keys_folder = stage.out / KEYS_FOLDER
     keys_folder.mkdir(exist_ok=True)
     _make_all_keys(parts, keys_folder, rules, workers)

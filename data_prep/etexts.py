@@ -21,7 +21,7 @@ _START = re.compile(
 )
 _END = re.compile(
     r"^\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG"
-    r"|^\s*End of (?:the |this )?Project Gutenberg(?:'s|\u2019s)?\b",
+    r"|^[ \t]*End of (?:the |this )?Project Gutenberg(?:'s|\u2019s)?\b",
     re.MULTILINE | re.IGNORECASE,
 )
 _CREDIT = re.compile(

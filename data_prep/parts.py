@@ -262,10 +262,9 @@ class _Work:
 
     def forget_if_empty(self) -> None:
         """Bad input that gave nothing leaves no trace, so that the mended input may use the same folder."""
-        if not self.state["parts"]:
-            self.progress_path.unlink(missing_ok=True)
-            if not any(self.stage.out.iterdir()):
-                self.stage.out.rmdir()
+        if list(self.stage.out.iterdir()) == [self.progress_path]:
+            self.progress_path.unlink()
+            self.stage.out.rmdir()
 
     def _flush(self, name: str) -> None:
         batches = [batch.kept.get(name, (b"", 0)) for batch in self.waiting[name]]

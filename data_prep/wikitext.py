@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import mwparserfromhell
 
 MAX_UNCLOSED_BRACKETS = 2000  # a page with more is not prose, and the parser's time grows with their square
+MAX_CHARACTERS = 4 << 20  # of markup; MediaWiki itself takes 2 MB
 MAX_PARSED_CHARACTERS = 8000  # at once; longer lines are parsed in pieces, for the same reason
 
 DISAMBIGUATION_TEMPLATES = (
@@ -54,7 +55,7 @@ _TEMPLATE_NAME = re.compile(r"\{\{([^{}|\n]{1,80})")
 
 
 class TooComplex(ValueError):
-    """The page has so many unclosed brackets that parsing it could take minutes."""
+    """The page is so long, or has so many unclosed brackets, that parsing it could take minutes."""
 
 
 def is_disambiguation(title: str, markup: str, more_templates: Iterable[str] = ()) -> bool:
@@ -71,6 +72,8 @@ def plain_text(markup: str, dropped_namespaces: Iterable[str] = ("file", "image"
 
     `dropped_namespaces`: lower-case names whose links vanish with all they hold. Raises TooComplex.
     """
+    if len(markup) > MAX_CHARACTERS:
+        raise TooComplex(f"{len(markup)} characters of markup, at most {MAX_CHARACTERS} are parsed")
     literals: list[str] = []
     text = _COMMENT.sub("", markup)
     text = _hide_literals(text.replace("\ue000", ""), literals)

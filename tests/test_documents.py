@@ -207,6 +207,19 @@ def test_unfinished_and_foreign_folders_are_refused(
         assert message in capsys.readouterr().err
 
 
+def test_folders_without_documents_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "blank.txt").write_text(" ")
+    assert main(["books", str(tmp_path / "blank.txt"), "--out", str(tmp_path / "in"), "--workers", "1"]) == 0
+    assert main(["documents", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 2
+    assert "no documents in" in capsys.readouterr().err
+
+
+def test_documents_that_are_all_dropped_leave_an_index(tmp_path: Path) -> None:
+    counts, dropped, out = run(tmp_path, [document(1, "short")])
+    assert (counts["kept"], dropped) == (0, {"too_short": 1})
+    assert [path.name for path in out.iterdir()] == ["index.json"]
+
+
 def test_a_damaged_part_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_documents(tmp_path / "in", [document(number) for number in range(30)])
     (part,) = source.glob("*.zst")

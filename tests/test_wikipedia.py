@@ -130,6 +130,11 @@ def test_disambiguation_pages_are_told_from_articles(title: str, markup: str, ex
     assert is_disambiguation(title, markup, ["My own"]) is expected
 
 
+def test_markup_of_more_than_any_wiki_allows_is_refused() -> None:
+    with pytest.raises(TooComplex, match="5000000 characters of markup"):
+        plain_text("a [[b]] c\n" * 500_000)
+
+
 def test_every_page_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
     pages = [
         page(1),
