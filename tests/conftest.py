@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from tiny import distill, settings, write_text_shards
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -13,3 +16,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(no_gpu)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny shards with something to learn; never written to."""
+    return write_text_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="session")
+def teacher_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished teacher run with trajectory steps 2, 4, 8, 16, 24; never written to."""
+    folder = tmp_path_factory.mktemp("teacher")
+    changes = {"steps": 24, "seed": 1, "save__trajectory_every": 8, "save__trajectory_first": 2}
+    distill(["train", *settings(shards, folder / "run", **changes)], folder).ok()
+    return folder / "run"
