@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpora import contents, document, documents_in, prose, run_stage, small_disk, write_documents
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_prep import near_duplicates
 from data_prep.__main__ import main
@@ -45,6 +47,15 @@ def run(
 def test_cleaning(raw: str, cleaned: str) -> None:
     assert clean(raw) == cleaned
     assert clean(cleaned) == cleaned
+
+
+@given(
+    st.text(
+        alphabet=st.sampled_from("ab \t\n\r\x00\xa0\u2000\u2028e\u0301\u1100\u1161\ufeff\u200c"), max_size=40
+    )
+)
+def test_cleaning_twice_is_cleaning_once(text: str) -> None:
+    assert clean(clean(text)) == clean(text)
 
 
 def test_every_document_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from corpora import (
     run_stage,
     small_disk,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_prep import dumps
 from data_prep.__main__ import main
@@ -114,6 +116,31 @@ def test_tag_soup_is_parsed_in_bounded_time_or_refused(unit: str) -> None:
         plain_text(soup)
     except TooComplex as error:
         assert "unclosed brackets" in str(error)
+
+
+MARKS = (
+    "{{ }} {{{ }}} {| |} |- [[ ]] [ ] '' ''' == === <ref> </ref> <ref/> <nowiki> </nowiki> <!-- --> <p> | :"
+)
+TOKENS = [
+    *MARKS.split(),
+    "\n",
+    " ",
+    "word",
+    "File:",
+    "http://a",
+    "&amp;",
+    "<",
+    "*",
+    "\ue000",
+    "\ue0010\ue001",
+]
+
+
+@given(st.lists(st.sampled_from(TOKENS), max_size=60))
+def test_no_markup_breaks_the_conversion(tokens: list[str]) -> None:
+    text = plain_text("".join(tokens))
+    assert "{{" not in text or "<nowiki>" in tokens
+    assert "\n\n\n" not in text or "<nowiki>" in tokens
 
 
 @pytest.mark.parametrize(
