@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpora import contents, document, documents_in, prose, run_stage, small_disk, write_documents
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import near_duplicates
@@ -49,6 +49,7 @@ def test_cleaning(raw: str, cleaned: str) -> None:
     assert clean(cleaned) == cleaned
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     st.text(
         alphabet=st.sampled_from("ab \t\n\r\x00\xa0\u2000\u2028e\u0301\u1100\u1161\ufeff\u200c"), max_size=40
