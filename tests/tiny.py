@@ -65,9 +65,21 @@ def text(num_sequences: int, seed: int, *, sure: bool = False) -> np.ndarray:
     return packed
 
 
-def write_text_shards(folder: Path, *, train: int = 600, validation: int = 40, sure: bool = False) -> Path:
-    """Shards of `text`, 100 samples each, with a tokenizer that `AutoTokenizer` opens. Returns the folder."""
-    splits = {"train": text(train, 1, sure=sure), "validation": text(validation, 2, sure=sure)}
+def ragged_text(num_sequences: int, seed: int) -> np.ndarray:
+    """The same with documents of 2 to LENGTH tokens, one a sequence: batches whose halves count unequally."""
+    packed = text(num_sequences, seed)
+    packed[packed == TOKENIZER.eos_id] = 5
+    ends = np.random.default_rng(seed).integers(1, LENGTH, num_sequences)
+    for sequence, end in zip(packed, ends, strict=True):
+        sequence[0], sequence[end], sequence[end + 1 :] = TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.pad_id
+    return packed
+
+
+def write_text_shards(
+    folder: Path, *, train: int = 600, validation: int = 40, make: Callable[[int, int], np.ndarray] = text
+) -> Path:
+    """Shards of `make`, 100 samples each, with a tokenizer that `AutoTokenizer` opens. Returns the folder."""
+    splits = {"train": make(train, 1), "validation": make(validation, 2)}
     write_shards(folder, splits, TOKENIZER, sequence_length=LENGTH, samples_per_shard=100)
     write_tokenizer(folder / "tokenizer")
     return folder
