@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "data_prep_memory.csv"
+RESULTS = Path(__file__).with_suffix(".csv")
 STREAM_BYTES = 1 << 20
 COMMON_WORDS = ("the", "of", "and", "in", "to", "a", "is", "was", "for", "as", "by", "on")
 SAMPLE_SECONDS = 0.1
