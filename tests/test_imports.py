@@ -15,7 +15,18 @@ PACKAGES = ("distill", "data_prep")
 
 # Rooms of `distill` by floor: a room may import its own floor and those below. data_prep is below them all.
 FLOORS = {
-    0: {"config", "config_reader", "config_rules", "schedule", "distributed", "models", "targets", "files", "signals", "sample_order"},
+    0: {
+        "config",
+        "config_reader",
+        "config_rules",
+        "schedule",
+        "distributed",
+        "models",
+        "targets",
+        "files",
+        "signals",
+        "sample_order",
+    },
     1: {"kernels", "data", "engine", "metrics", "trajectory", "run_folder"},
     2: {"objectives", "teacher", "checkpoint", "probes", "plan"},
     3: {"train", "score", "evaluate", "build", "accounting", "export"},
