@@ -74,8 +74,7 @@ def _receive(url: str, partial: Path) -> None:
         file.truncate(have)
         length = response.headers.get("Content-Length")
         total = have + int(length) if length is not None else None
-        with progress(partial.stem, total) as advance:
-            advance(have)
+        with progress(partial.stem, total, initial=have) as advance:
             have += _copy(response, file, advance)
         file.flush()
         os.fsync(file.fileno())

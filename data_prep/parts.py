@@ -208,8 +208,7 @@ def convert(
     work = _Work(stage)
     first = work.next_task()
     try:
-        with progress(stage.name, total_bytes) as advance:
-            advance(work.state["input_bytes"])
+        with progress(stage.name, total_bytes, initial=work.state["input_bytes"]) as advance:
             results = ordered_map(extract, islice(tasks, first, None), workers)
             for number, batch in enumerate(results, first):
                 work.add(number, batch)
