@@ -6,7 +6,7 @@ The only state is the number of consumed samples: ranks, workers, micro-batches 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.shards import ShardReader, TokenizerInfo
 from distill.config import DataConfig
 from distill.models import Inputs
-from distill.sample_order import GOLDEN, Ints, key_of, mix, sample_ids
+from distill.sample_order import GOLDEN, Ints, keys_of, mix, sample_ids
 
 IGNORE = -100  # label of a position that is not counted
 
@@ -37,20 +37,18 @@ class Batch:
     sample_ids: Ints
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        if device.type == "cpu":
-            return self
+        """The same batch on `device`; from pinned memory the host does not wait for the copy."""
+        return self if device.type == "cpu" else self._map(lambda t: t.to(device, non_blocking=True))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader, in a thread of its own."""
+        return self._map(Tensor.pin_memory)
 
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         ids, mask, positions = self.inputs
-        inputs = Inputs(
-            move(ids),
-            None if mask is None else move(mask),
-            None if positions is None else move(positions),
-        )
-        return Batch(inputs, move(self.rows_N), move(self.labels_N), self.num_tokens, self.sample_ids)
+        optional = (None if t is None else change(t) for t in (mask, positions))
+        inputs = Inputs(change(ids), *optional)
+        return Batch(inputs, change(self.rows_N), change(self.labels_N), self.num_tokens, self.sample_ids)
 
 
 # ------------------------------------------------------------------------------------------------ questions
@@ -59,15 +57,12 @@ class Batch:
 def mask_tokens(
     tokens_BL: Ints, epochs_B: Ints, ids_B: Ints, config: DataConfig, tokenizer: TokenizerInfo, seed: int
 ) -> tuple[Ints, Ints]:
-    """(masked tokens_BL, labels_BL) for masked language modelling (Devlin et al. 2019, section 3.1), by
-    (seed, epoch, sample, position).
+    """(masked tokens_BL, labels_BL) for masked language modelling (Devlin et al. 2019, section 3.1).
 
-    Special tokens are never predicted. Of the predicted ones mask_token_share become <mask>,
-    random_token_share a random token, the rest stay.
+    What happens to a position is a function of (seed, epoch, sample, position). Special tokens are never
+    predicted. Of the predicted ones mask_token_share become <mask>, random_token_share a random token.
     """
-    keys_B = np.array(
-        [key_of(seed, 3, int(e), int(i)) for e, i in zip(epochs_B, ids_B, strict=False)], np.uint64
-    )
+    keys_B = keys_of(seed, 3, epochs_B, ids_B)
     words = mix(
         keys_B[:, None, None] + np.arange(3 * tokens_BL.shape[1], dtype=np.uint64).reshape(3, -1) * GOLDEN
     )
@@ -204,10 +199,7 @@ def train_batches(
 def validation_batches(
     samples: Samples, limit: int, micro: int, rank: int, world_size: int
 ) -> Iterator[Batch]:
-    """This rank's part of at most `limit` validation samples, spread over all:
-
-    the same samples and masks at every validation.
-    """
+    """This rank's part of at most `limit` samples, spread over the split; the same ones at every validation."""
     number = min(limit, len(samples))
     chosen = (
         np.arange(number * rank // world_size, number * (rank + 1) // world_size) * len(samples) // number

@@ -24,12 +24,18 @@ def mix(x: npt.NDArray[Any]) -> UInt64s:
     return x ^ (x >> np.uint64(31))
 
 
-def key_of(*parts: int) -> np.uint64:
-    """One 64-bit key of several integers, their order counting."""
-    key = np.zeros(1, np.uint64)
+def keys_of(*parts: int | Ints) -> UInt64s:
+    """64-bit keys of several integers, their order counting; arrays give a key for each of their elements."""
+    keys = np.zeros(1, np.uint64)
     for part in parts:
-        key = mix(key + np.array([part % 2**64], np.uint64) + GOLDEN)
-    return np.uint64(key[0])
+        words = [part % 2**64] if isinstance(part, int) else part  # a seed may be any integer
+        keys = mix(keys + np.asarray(words).astype(np.uint64) + GOLDEN)
+    return keys
+
+
+def key_of(*parts: int) -> np.uint64:
+    """One 64-bit key of several integers."""
+    return np.uint64(keys_of(*parts)[0])
 
 
 def permute(index: Ints, size: int, key: np.uint64) -> Ints:

@@ -112,3 +112,14 @@ def test_the_demo_goes_from_text_to_table_and_picture_over_a_ctrl_c_and_a_finish
     again, _ = start_study(demo_folder).communicate()
     assert "$ python" not in again
     assert again == output[output.index("\n| | ") :]
+
+
+@pytest.mark.slow
+def test_make_demo_in_a_clean_clone_ends_in_its_table_and_picture(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    demo = subprocess.run(["make", "demo"], cwd=clone, capture_output=True, text=True)
+    assert "| progressive |" in demo.stdout, demo.stderr[-3000:]
+    assert (clone / "work" / "demo" / "curves.png").exists()
+    again = subprocess.run(["make", "demo"], cwd=clone, capture_output=True, text=True)
+    assert again.stdout.endswith(demo.stdout[demo.stdout.index("\n| | ") :])
