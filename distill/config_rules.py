@@ -67,6 +67,7 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             (0 <= at[k] < 1, f"{k} must be at least 0 and below 1, got {at[k]}")
             for k in ("optim.beta1", "optim.beta2")
         ],
+        (abs(c.seed) < 2**63, f"seed must fit 64 bits, got {c.seed}"),
         (bool(c.run_dir), "run_dir is not set: give the run a folder, e.g. run_dir=runs/student"),
         (bool(c.data.shards), "data.shards is not set: make shards with `python -m data_prep shards`"),
         (

@@ -145,6 +145,7 @@ def test_key_or_value_that_is_not_understood_is_named(assignment: str, said: str
         (["data.mask_rate=.nan"], "data.mask_rate: expected float, got nan"),
         (["data.mask_token_share=0.9", "data.random_token_share=0.2"], "must not pass 1, got 0.9 + 0.2"),
         (["data.num_workers=-1"], "data.num_workers must not be negative, got -1"),
+        (["seed=9223372036854775808"], "seed must fit 64 bits, got 9223372036854775808"),
         (["optim.lr=0"], "optim.lr must be above 0, got 0.0"),
         (["optim.lr=.inf"], "optim.lr: expected float, got inf"),
         (["optim.clip=-1"], "optim.clip must not be negative, got -1.0"),
