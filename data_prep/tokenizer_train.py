@@ -7,6 +7,7 @@ and the model file records it), SentencePiece's own shuffling, the order in whic
 import hashlib
 import heapq
 import io
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ MODEL_TYPES = ("unigram", "bpe")
 SPECIAL_PIECES = {"pad": "<pad>", "unk": "<unk>", "bos": "<s>", "eos": "</s>", "mask": "<mask>"}  # ids 0..4
 # One document gives at most this much, so that a long book is not the whole sample.
 DOCUMENT_SAMPLE_CHARS = 1 << 20
+_WORD_CHARS = 512
+_MAX_WORDS = 1 << 21  # different ones; about 250 MB
 # Each is a token of its own. A newline must survive, and no piece may cross it. "<" keeps "<s>" or "<0x41>"
 # in a text from being looked up whole in the vocabulary, which Hugging Face's unigram would do.
 ISOLATED = ("\n", "<")
@@ -77,7 +80,8 @@ def train_model(texts: list[bytes], vocab_size: int, model_type: str) -> bytes:
     written = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=(f"{word}\t{count}" for word, count in sorted(count_words(texts).items())),
+            input_format="tsv",
             model_writer=written,
             model_type=model_type,
             vocab_size=vocab_size,
@@ -92,7 +96,7 @@ def train_model(texts: list[bytes], vocab_size: int, model_type: str) -> bytes:
             pad_piece=SPECIAL_PIECES["pad"],
             control_symbols=[SPECIAL_PIECES["mask"]],
             user_defined_symbols=list(ISOLATED),
-            max_sentence_length=8 * DOCUMENT_SAMPLE_CHARS,
+            max_sentence_length=8 * _WORD_CHARS,
             shuffle_input_sentence=False,
             num_threads=1,
             minloglevel=2,
@@ -104,10 +108,29 @@ def train_model(texts: list[bytes], vocab_size: int, model_type: str) -> bytes:
     return _round_scores(written.getvalue())
 
 
-def _lines(texts: list[bytes]) -> Iterator[str]:
+def count_words(texts: list[bytes]) -> Counter[str]:
+    """How often each word (with the space before it, if any) occurs in `texts`, which is emptied on the way.
+
+    SentencePiece needs no more, since no piece crosses a space; given lines, it takes 20 times the sample's memory.
+    Beyond _MAX_WORDS the rarest are forgotten.
+    """
+    counts: Counter[str] = Counter()
+    rare = 1
     texts.reverse()
     while texts:
-        yield from (line for line in texts.pop().decode().split("\n") if line)
+        counts.update(_words(texts.pop().decode()))
+        while len(counts) > _MAX_WORDS:
+            counts = Counter({word: count for word, count in counts.items() if count > rare})
+            rare += 1
+    return counts
+
+
+def _words(text: str) -> Iterator[str]:
+    for line in text.replace("\t", "\n").split("\n"):
+        first, *others = line.split(" ")
+        for word in (first, *(f" {other}" for other in others)):
+            # a text without spaces would be one word
+            yield from (word[start : start + _WORD_CHARS] for start in range(0, len(word), _WORD_CHARS))
 
 
 def _round_scores(model: bytes) -> bytes:

@@ -2,12 +2,13 @@
 
     python tests/bench/bench_tokenize_pack.py DOCUMENTS TOKENIZER [--processes 1 2] [--grow 4] [--repeats 3]
 
-MB are 10^6 bytes of UTF-8 text. Every figure is the best of interleaved repeats, so that a busy machine
-strikes all alike. `pack` is the whole stage: unpacking, JSON, ids, tar files, hashes, fsync, and the start of
-its processes. `bare` only encodes texts that are already in memory, with the model's own `encode`, in as many
-processes. `datasets` is what is usually done: `map` with the fast tokenizer, then `map` to equal lengths,
-from memory to Arrow files (measured where `datasets` is installed). --grow repeats the text, to see the rate
-without the start. Rows are appended to bench_tokenize_pack.csv.
+MB are 10^6 bytes of UTF-8 text. Every figure is the best of interleaved repeats, so that a busy machine strikes
+all alike; `cpu` ratios compare processor time, which other programs disturb less.
+`pack` is the whole stage: unpacking, JSON, ids, tar files, hashes, fsync, and the start of its processes.
+`bare` only encodes texts that are already in memory, with the model's own `encode`, in as many processes.
+`datasets` is what is usually done: `map` with the fast tokenizer, then `map` to equal lengths, from memory to Arrow
+files (measured where `datasets` is installed). --grow repeats the text, to see the rate without the start.
+Rows are appended to bench_tokenize_pack.csv.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import datetime
 import multiprocessing
 import os
 import platform
+import resource
 import subprocess
 import tempfile
 import time
@@ -23,7 +25,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece as spm
@@ -37,6 +39,21 @@ CSV = Path(__file__).with_suffix(".csv")
 LENGTH = 128
 _texts: list[str] = []
 _processor: Any = None
+
+
+class Seconds(NamedTuple):
+    wall: float
+    cpu: float  # of this process and of the ones it has ended
+
+
+def now() -> Seconds:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return Seconds(time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in usages))
+
+
+def since(start: Seconds) -> Seconds:
+    end = now()
+    return Seconds(end.wall - start.wall, end.cpu - start.cpu)
 
 
 def grow(documents: Path, times: int, out: Path) -> Path:
@@ -54,15 +71,15 @@ def grow(documents: Path, times: int, out: Path) -> Path:
     return out
 
 
-def pack_seconds(documents: Path, tokenizer: Path, processes: int) -> float:
+def pack_seconds(documents: Path, tokenizer: Path, processes: int) -> Seconds:
     with tempfile.TemporaryDirectory() as out:
         parser = argparse.ArgumentParser()
         pack.add_arguments(parser)
         args = [str(documents), "--tokenizer", str(tokenizer), "--out", out, "--workers", str(processes)]
         blocks._tokenizer.cache_clear()  # remembered words are part of the cost
-        start = time.perf_counter()
+        start = now()
         pack.run(parser.parse_args(args))
-        return time.perf_counter() - start
+        return since(start)
 
 
 class BareSentencePiece:
@@ -78,11 +95,11 @@ class BareSentencePiece:
         ]
         self.num_bytes = sum(job.get() for job in jobs)
 
-    def seconds(self) -> float:
+    def seconds(self) -> Seconds:
         start = time.perf_counter()
-        for job in [pool.apply_async(_encode_held) for pool in self.pools]:
-            job.get()
-        return time.perf_counter() - start
+        jobs = [pool.apply_async(_encode_held) for pool in self.pools]
+        cpu = sum(job.get() for job in jobs)
+        return Seconds(time.perf_counter() - start, cpu)
 
     def close(self) -> None:
         for pool in self.pools:
@@ -104,11 +121,14 @@ def _hold(paths: Sequence[Path], model: str, number: int, processes: int) -> int
     return held[number]
 
 
-def _encode_held() -> int:
-    return sum(len(_processor.encode(text)) for text in _texts)
+def _encode_held() -> float:
+    start = time.process_time()
+    for text in _texts:
+        _processor.encode(text)
+    return time.process_time() - start
 
 
-def datasets_seconds(documents: Path, tokenizer: Path, processes: int) -> float:
+def datasets_seconds(documents: Path, tokenizer: Path, processes: int) -> Seconds:
     """`map` twice, as in the usual language-model scripts."""
     import datasets
     from transformers import AutoTokenizer
@@ -132,10 +152,10 @@ def datasets_seconds(documents: Path, tokenizer: Path, processes: int) -> float:
         data.save_to_disk(f"{cache}/text")
         data = datasets.load_from_disk(f"{cache}/text")
         options: dict[str, Any] = {"batched": True, "num_proc": processes if processes > 1 else None}
-        start = time.perf_counter()
+        start = now()
         data = data.map(encode, remove_columns=["text"], cache_file_name=f"{cache}/ids.arrow", **options)
         data.map(cut, cache_file_name=f"{cache}/cut.arrow", **options)
-        return time.perf_counter() - start
+        return since(start)
 
 
 def machine() -> dict[str, str]:
@@ -162,22 +182,23 @@ def machine() -> dict[str, str]:
 
 def measure(documents: Path, tokenizer: Path, processes: int, repeats: int) -> dict[str, str]:
     bare = BareSentencePiece(documents, tokenizer, processes)
-    steps: dict[str, Callable[[], float]] = {
+    steps: dict[str, Callable[[], Seconds]] = {
         "pack": lambda: pack_seconds(documents, tokenizer, processes),
         "bare": bare.seconds,
     }
     if find_spec("datasets"):
         steps["datasets"] = lambda: datasets_seconds(documents, tokenizer, processes)
     times = [{name: step() for name, step in steps.items()} for _ in range(repeats)]
-    best = {name: min(row[name] for row in times) for name in steps}
     bare.close()
-    rates = {name: bare.num_bytes / 1e6 / seconds for name, seconds in best.items()}
+    best = {name: Seconds(*map(min, zip(*(row[name] for row in times), strict=True))) for name in steps}
     row = {"processes": str(processes), "text_mb": f"{bare.num_bytes / 1e6:.1f}"}
-    row |= {
-        f"{name}_mb_s": f"{rates[name]:.2f}" if name in rates else "" for name in ("pack", "bare", "datasets")
-    }
-    ratios = {name: f"{rates['pack'] / rates[name]:.2f}" for name in ("bare", "datasets") if name in rates}
-    return row | {f"pack_over_{name}": ratios.get(name, "") for name in ("bare", "datasets")}
+    for name in ("pack", "bare", "datasets"):
+        row[f"{name}_mb_s"] = f"{bare.num_bytes / 1e6 / best[name].wall:.2f}" if name in best else ""
+    for name in ("bare", "datasets"):
+        for kind in Seconds._fields:
+            ratio = getattr(best[name], kind) / getattr(best["pack"], kind) if name in best else None
+            row[f"pack_over_{name}_{kind}"] = f"{ratio:.2f}" if ratio else ""
+    return row
 
 
 def append(row: dict[str, str]) -> None:
