@@ -157,6 +157,11 @@ def load_model(task: str, folder: Path, dtype: torch.dtype, sequence_length: int
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} can't be loaded as a {task} model: {error}") from error
     model, report = loaded
+    others = [name for name, known in ARCHITECTURES.items() if model.config.model_type in known]
+    if others and task not in others:  # transformers makes a causal model of a BERT, one that looks ahead
+        raise ValueError(
+            f"{folder} holds a {model.config.model_type}, a model for {others[0]}, not for {task}"
+        )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder} lacks the weights {missing[:5]}: is it a {task} model?")
     _check_positions(model.config, sequence_length, f"{folder}/config.json max_position_embeddings")

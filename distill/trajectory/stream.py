@@ -58,6 +58,11 @@ def read_checkpoint(manifest: Manifest, step: int, task: str, sequence_length: i
         model = load_model(task, folder, torch.float32, sequence_length)
     except ValueError as error:
         raise BadTrajectory(f"teacher step {step}: {error}") from error
+    if model.config.vocab_size != manifest.vocab_size:
+        raise BadTrajectory(
+            f"teacher step {step}: {folder} has {model.config.vocab_size} logits, the manifest says "
+            f"{manifest.vocab_size}: index the trajectory again"
+        )
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise BadTrajectory(

@@ -1,0 +1,298 @@
+"""A trajectory from which nobody should learn is refused: the message names step, file and what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import distill, settings
+
+from distill.trajectory.families import find_checkpoints
+from distill.trajectory.manifest import BadTrajectory, index_folder, load_manifest
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("distill", ["step_00000002", "step_00000016"]),
+        ("pythia", ["step2", "step16"]),
+        ("olmo", ["step2-tokens1B", "step16-tokens8B"]),
+        ("olmo", ["stage1-step2-tokens1B", "stage1-step16-tokens8B"]),
+        ("llm360", ["ckpt_002", "ckpt_016"]),
+        ("transformers", ["checkpoint-2", "checkpoint-16"]),
+        ("deepspeed", ["global_step2", "global_step16"]),
+        ("dashed", ["step-2", "step-16"]),
+    ],
+)
+def test_every_family_is_recognised(family: str, names: list[str], tmp_path: Path) -> None:
+    for name in [*names, "logs", "step_x"]:
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_7").touch()  # a file is no checkpoint
+    found_family, found = find_checkpoints(tmp_path)
+    assert found_family == family
+    assert {step: path.name for step, path in found.items()} == dict(zip((2, 16), names, strict=True))
+
+
+def test_mixed_missing_and_double_checkpoints_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected checkpoint folders of one family .* got none"):
+        find_checkpoints(tmp_path)
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "step_01").mkdir()
+    with pytest.raises(ValueError, match="both step_01 and step_1 are step 1"):
+        find_checkpoints(tmp_path)
+    (tmp_path / "step_01").rmdir()
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(ValueError, match=r"got \['distill', 'transformers'\]"):
+        find_checkpoints(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ manifest
+
+
+@pytest.fixture
+def trajectory(teacher_run: Path, tmp_path: Path) -> Path:
+    """A copy that may be spoilt."""
+    return Path(shutil.copytree(teacher_run / "trajectory", tmp_path / "trajectory"))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_manifest_of_a_teacher_run_describes_every_checkpoint(teacher_run: Path) -> None:
+    manifest = load_manifest(teacher_run / "trajectory")
+    assert list(manifest.checkpoints) == [2, 4, 8, 16, 24]
+    assert manifest.complete
+    assert (manifest.family, manifest.architecture, manifest.vocab_size) == ("distill", "bert", 128)
+    assert set(manifest.losses) == set(manifest.checkpoints)
+    assert [c.tokens for c in manifest.checkpoints.values()] == sorted(
+        c.tokens for c in manifest.checkpoints.values()
+    )
+
+
+def test_indexing_a_folder_finds_what_the_run_wrote(trajectory: Path) -> None:
+    before = load_manifest(trajectory)
+    (trajectory / "manifest.json").unlink()
+    after = index_folder(trajectory)
+    assert {s: c.files for s, c in after.checkpoints.items()} == {
+        s: c.files for s, c in before.checkpoints.items()
+    }
+    assert load_manifest(trajectory) == after
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda f: (f / "manifest.json").unlink(), "does not exist: for a folder of checkpoints run"),
+        (lambda f: (f / "manifest.json").write_text("{"), "is no manifest"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "is no manifest"),
+        (lambda f: edit(f, lambda c: c.pop("schema")), "is no manifest"),
+        (lambda f: edit(f, lambda c: c.update(schema=7)), "has another schema than 1"),
+        (lambda f: edit(f, lambda c: c.update(colour="red")), "is no manifest"),
+        (lambda f: edit(f, lambda c: c["checkpoints"][0].pop("files")), "is no manifest"),
+    ],
+)
+def test_manifest_that_can_not_be_read_is_named(trajectory: Path, spoil: Any, said: str) -> None:
+    spoil(trajectory)
+    with pytest.raises(BadTrajectory, match=said) as caught:
+        load_manifest(trajectory)
+    assert "manifest.json" in str(caught.value)
+
+
+def copy_weights(trajectory: Path, source: int, target: int) -> None:
+    folder = trajectory / f"step_{source:08d}"
+    shutil.copy(folder / "model.safetensors", trajectory / f"step_{target:08d}" / "model.safetensors")
+
+
+def test_same_weights_under_two_steps_are_refused(trajectory: Path) -> None:
+    copy_weights(trajectory, 4, 16)
+    with pytest.raises(
+        BadTrajectory, match="steps 4 and 16 hold identical weights; one of them is mislabelled"
+    ):
+        index_folder(trajectory)
+
+
+def test_mixed_architectures_and_empty_checkpoints_are_refused(trajectory: Path) -> None:
+    path = trajectory / "step_00000004" / "config.json"
+    path.write_text(path.read_text().replace('"vocab_size": 128', '"vocab_size": 129'))
+    with pytest.raises(BadTrajectory, match=r"of several kinds .*\('bert', 128\), \('bert', 129\)"):
+        index_folder(trajectory)
+    (trajectory / "step_00000004" / "model.safetensors").unlink()
+    with pytest.raises(
+        BadTrajectory, match=r"step_00000004 needs config.json and \*.safetensors, got \['config.json'"
+    ):
+        index_folder(trajectory)
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def rewrite(trajectory: Path, step: int, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the weights of a checkpoint and index it anew, as whoever made them so would have done."""
+    path = trajectory / f"step_{step:08d}" / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, {"format": "pt"})
+    index_folder(trajectory)
+
+
+def first_of(weights: dict[str, torch.Tensor], value: float) -> None:
+    weights["bert.encoder.layer.0.output.dense.weight"][0, 0] = value
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+ONE_SHOT = {"schedule__kind": "one_shot"}
+WEIGHTS_24 = "step_00000024/model.safetensors"
+BAD = {
+    "a step that is missing": (
+        lambda f: None,
+        {"schedule__checkpoints": [13]},
+        ["teacher step 13, which the trajectory lacks; the nearest are [8, 16]"],
+    ),
+    "truncated weights": (
+        lambda f: truncate(f / WEIGHTS_24),
+        {},
+        ["teacher step 24", WEIGHTS_24, "bytes, the manifest says", "fetch it again"],
+    ),
+    "a flipped bit": (
+        lambda f: flip(f / WEIGHTS_24),
+        {},
+        ["teacher step 24", WEIGHTS_24, "has sha256", "fetch it again"],
+    ),
+    "a missing file": (
+        lambda f: (f / WEIGHTS_24).unlink(),
+        {},
+        ["teacher step 24", WEIGHTS_24, "is missing"],
+    ),
+    "weights truncated before they were indexed": (
+        lambda f: (truncate(f / WEIGHTS_24), index_folder(f)),
+        {},
+        ["teacher step 24", "can't be loaded"],
+    ),
+    "a NaN": (
+        lambda f: rewrite(f, 24, lambda w: first_of(w, float("nan"))),
+        {},
+        ["teacher step 24: bert.encoder.layer.0.output.dense.weight holds values that are not finite"],
+    ),
+    "an infinity": (
+        lambda f: rewrite(f, 24, lambda w: first_of(w, float("inf"))),
+        {},
+        ["teacher step 24", "not finite"],
+    ),
+    "a missing weight": (
+        lambda f: rewrite(f, 24, lambda w: w.pop("bert.encoder.layer.0.output.dense.weight")),
+        {},
+        ["teacher step 24", "lacks the weights ['bert.encoder.layer.0.output.dense.weight']"],
+    ),
+    "another tokenizer": (
+        lambda f: edit(f, lambda c: c.update(tokenizer_sha256="9" * 64)),
+        {},
+        ["trained with tokenizer 999999999999, the shards were made with 555555555555"],
+    ),
+    "another vocabulary": (
+        lambda f: edit(f, lambda c: c.update(vocab_size=100)),
+        {},
+        ["the teacher has 100 logits, the tokenizer 128 tokens"],
+    ),
+    "a vocabulary that the manifest hides": (
+        lambda f: hide_vocabulary(f),
+        {},
+        ["teacher step 24", "has 100 logits, the manifest says 128"],
+    ),
+    "another task": (
+        lambda f: None,
+        {"data__task": "clm", "model__architecture": "gpt2"},
+        ["teacher step 24", "holds a bert, a model for mlm, not for clm"],
+    ),
+    "a run that has not ended": (
+        lambda f: edit(f, lambda c: c.update(complete=False)),
+        {},
+        ["the teacher's run has not ended, its newest checkpoint is step 24"],
+    ),
+}  # fmt: skip
+
+
+def hide_vocabulary(trajectory: Path) -> None:
+    """A checkpoint with fewer logits than its manifest says."""
+    import transformers
+
+    folder = trajectory / "step_00000024"
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder)
+    model.resize_token_embeddings(100)
+    for step in (2, 4, 8, 16):
+        shutil.rmtree(trajectory / f"step_{step:08d}")
+    model.save_pretrained(folder)
+    index_folder(trajectory)
+    edit(trajectory, lambda c: c.update(vocab_size=128))
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, in making one of them
+@pytest.mark.parametrize("what", BAD)
+def test_student_of_a_bad_trajectory_is_refused_before_it_binds_its_folder(
+    what: str, trajectory: Path, shards: Path, teacher_run: Path, tmp_path: Path
+) -> None:
+    spoil, changes, said = BAD[what]
+    spoil(trajectory)
+    changes = {**ONE_SHOT, **changes, "teacher__trajectory": str(trajectory)}
+    ended = distill(["train", *settings(shards, tmp_path / "run", **changes)], tmp_path)
+    assert ended.code == 2, ended.output
+    for words in said:
+        assert words in ended.output
+    assert "Traceback" not in ended.output
+    left = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*")}
+    assert left <= {"run.lock"}
+
+
+def test_bad_checkpoint_of_a_later_stage_stops_the_run_with_its_state_saved(
+    trajectory: Path, shards: Path, teacher_run: Path, tmp_path: Path
+) -> None:
+    good = (trajectory / WEIGHTS_24).read_bytes()
+    truncate(trajectory / WEIGHTS_24)
+    stages = {"schedule__kind": "explicit", "schedule__stages": [[0, 2], [7, 24]]}
+    arguments = ["train", *settings(shards, tmp_path / "run", **stages, teacher__trajectory=str(trajectory))]
+    ended = distill(arguments, tmp_path)
+    assert ended.code == 2
+    assert "teacher step 24" in ended.output
+    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step_00000005"]
+    (trajectory / WEIGHTS_24).write_bytes(good)
+    distill(arguments, tmp_path).ok()
+
+
+def test_trajectory_that_grows_changes_nothing_for_a_run_that_goes_on(
+    trajectory: Path, shards: Path, tmp_path: Path
+) -> None:
+    """The final teacher of the first start stays the final teacher."""
+    from tiny import Kill, rows
+
+    final = trajectory / "step_00000024"
+    final.rename(tmp_path / "later")
+    index_folder(trajectory)
+    changes = {"schedule__kind": "equal", "teacher__trajectory": str(trajectory), "log__every": 1}
+    arguments = ["train", *settings(shards, tmp_path / "run", **changes)]
+    assert distill(arguments, tmp_path, Kill("distill.engine:Engine.step", 8)).code == -9
+    (tmp_path / "later").rename(final)
+    index_folder(trajectory)
+    distill(arguments, tmp_path).ok()
+    assert [row["teacher_step"] for row in rows(tmp_path / "run", "train")] == [2] * 3 + [4] * 3 + [8] * 3 + [
+        16
+    ] * 3
