@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from distill.distributed import World, barrier
 from distill.engine import Engine
-from distill.files import publish_folder, write_text
+from distill.files import publish_folder, write_text, writing
 from distill.trajectory.manifest import Manifest, describe
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ def save(folder: Path, engine: Engine, state: TrainState, data: str, world: Worl
     if final.exists():
         return
     temporary = final.with_suffix(".tmp")
-    engine.save(temporary)
+    with writing(temporary):
+        engine.save(temporary)
     barrier(world)
     if world.is_main:
         write_text(
@@ -56,7 +57,9 @@ def save(folder: Path, engine: Engine, state: TrainState, data: str, world: Worl
         )
         publish_folder(temporary, final)
         for old in saved_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(
+                old.rename(old.with_suffix(".tmp"))
+            )  # a name that resume clears away if this is cut off
     barrier(world)
 
 
@@ -121,9 +124,10 @@ def export(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     if temporary.exists():
         shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
-    for path in tokenizer.iterdir():
-        if path.is_file() and path.name != "config.json":
-            shutil.copy(path, temporary / path.name)
+    with writing(temporary):
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary)
+        for path in tokenizer.iterdir():
+            if path.is_file() and path.name != "config.json":
+                shutil.copy(path, temporary / path.name)
     publish_folder(temporary, folder)

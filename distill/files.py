@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from data_prep.files import whole_file
 
@@ -12,6 +17,23 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` so that a reader, or a crash, sees the old file or the new one."""
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around a library that writes into `folder`: what is half-written goes, and the fault is one OSError.
+
+    torch and safetensors raise errors of their own kinds when a disk is full, not all of which say so.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free / 1e6
+        raise OSError(
+            f"{folder} can't be written: {error}; {free:,.1f} MB are free there. "
+            "What was saved before is unharmed, the same command goes on"
+        ) from error
 
 
 def publish_folder(temporary: Path, final: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from distill.files import write_text
 from distill.kernels import Divergence
 
 log = logging.getLogger(__name__)
@@ -152,9 +153,7 @@ def keep_rows_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_rows(path) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def read_rows(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
