@@ -45,7 +45,7 @@ def arms(trajectory: Path) -> list[Arm]:
     return [
         Arm("hard", "hard labels", ()),
         Arm("one_shot", "one-shot (final teacher)", (taught, "schedule.kind=one_shot")),
-        Arm("progressive", "progressive", (taught, "schedule.kind=two_shot", "schedule.early_share=0.1")),
+        Arm("progressive", "progressive", (taught, "schedule.kind=equal", "schedule.num_stages=10")),
     ]
 
 
