@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,14 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """What `save` left, at the same number of ranks. Collective."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+        """What `save` left, at the same number of ranks. Collective. Raises ValueError if it can't be read."""
+        advice = "remove that folder to go on from an earlier checkpoint"
+        try:
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{folder} can't be read ({error}): {advice}") from error
         if loaded is None:
-            raise ValueError(
-                f"{folder} holds no engine state: remove that folder to go on from an earlier checkpoint"
-            )
+            raise ValueError(f"{folder} holds no engine state: {advice}")
 
 
 def deepspeed_settings(config: Config, world: World, accumulation: int) -> dict[str, Any]:
