@@ -94,13 +94,7 @@ def test_order_is_the_pinned_one() -> None:
 
 def test_key_depends_on_the_order_of_its_parts() -> None:
     assert (
-        len(
-            {
-                int(key_of(*parts))
-                for parts in [(0,), (0, 0), (1, 2), (2, 1), (1, 2, 0), (-1,), (-1, 0)]
-            }
-        )
-        == 7
+        len({int(key_of(*parts)) for parts in [(0,), (0, 0), (1, 2), (2, 1), (1, 2, 0), (-1,), (-1, 0)]}) == 7
     )
 
 

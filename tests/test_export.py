@@ -55,21 +55,21 @@ def test_exported_model_says_what_the_engine_says(
 
 def test_generation_config_and_special_ids_travel(shards: Path, tmp_path: Path) -> None:
     changes = {"data__task": "clm", "model__architecture": "llama", "steps": 2}
-    distill_run(["train", *settings(shards, tmp_path / "run", **changes)], tmp_path)
+    run(["train", *settings(shards, tmp_path / "run", **changes)], tmp_path)
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (2, 3, 0)
 
 
-def distill_run(arguments: list[str], folder: Path, kill: Kill | None = None) -> None:
-
+def run(arguments: list[str], folder: Path, kill: Kill | None = None) -> None:
+    """`distill` to its end, or to its kill."""
     ended = distill(arguments, folder, kill)
     assert ended.code == (0 if kill is None else -kill.number), ended.output
 
 
 def test_export_of_a_run_that_is_under_way_is_its_newest_checkpoint(shards: Path, tmp_path: Path) -> None:
     arguments = ["train", *settings(shards, tmp_path / "run", save__trajectory_every=5)]
-    distill_run(arguments, tmp_path, Kill("distill.engine:Engine.step", 12))
-    distill_run(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")], tmp_path)
+    run(arguments, tmp_path, Kill("distill.engine:Engine.step", 12))
+    run(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")], tmp_path)
     at_10 = (tmp_path / "run" / "trajectory" / "step_00000010" / "model.safetensors").read_bytes()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == at_10
     AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
@@ -77,17 +77,14 @@ def test_export_of_a_run_that_is_under_way_is_its_newest_checkpoint(shards: Path
 
 
 def test_export_of_a_finished_run_is_its_model(teacher_run: Path, tmp_path: Path) -> None:
-    distill_run(["export", str(teacher_run), "--out", str(tmp_path / "out")], tmp_path)
+    run(["export", str(teacher_run), "--out", str(tmp_path / "out")], tmp_path)
     for path in (teacher_run / "model").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_export_that_can_not_be_is_refused(teacher_run: Path, shards: Path, tmp_path: Path) -> None:
-
     (tmp_path / "taken").mkdir()
-    distill_run(
-        ["train", *settings(shards, tmp_path / "young")], tmp_path, Kill("distill.engine:Engine.step", 2)
-    )
+    run(["train", *settings(shards, tmp_path / "young")], tmp_path, Kill("distill.engine:Engine.step", 2))
     for arguments, said in (
         (
             [str(tmp_path / "nothing"), "--out", str(tmp_path / "x")],
@@ -105,7 +102,6 @@ def test_export_that_can_not_be_is_refused(teacher_run: Path, shards: Path, tmp_
 def test_eval_of_an_exported_folder_finds_the_runs_own_validation(
     teacher_run: Path, shards: Path, tmp_path: Path
 ) -> None:
-
     arguments = [f"data.shards={shards}", "engine.dtype=fp32", "log.eval_samples=16", "batch_size=8"]
     ended = distill(["eval", str(teacher_run / "model"), *arguments], tmp_path).ok()
     found = json.loads(ended.output.splitlines()[-1])
