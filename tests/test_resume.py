@@ -92,8 +92,9 @@ def trajectory(run_dir: Path) -> dict[str, Any]:
 
 def assert_nothing_half_written(run_dir: Path) -> None:
     assert not [p for p in run_dir.rglob("*") if p.name.endswith(".tmp")]
-    names = {p.name for p in (run_dir / "checkpoints").iterdir()}
-    assert names == {"step_00000010", "step_00000014"}
+    checkpoints = sorted((run_dir / "checkpoints").iterdir())
+    assert [p.name for p in checkpoints][-2:] == ["step_00000010", "step_00000014"]
+    assert all((p / "state.json").exists() for p in checkpoints)
 
 
 def killed(arguments: list[str], folder: Path, kill: Kill) -> None:
