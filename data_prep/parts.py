@@ -7,7 +7,7 @@ unfinished: `.progress.json` in it says which parts are whole, and the same comm
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
@@ -240,8 +240,8 @@ class _Work:
         for name in self.outputs:
             if number < self.state["next"][name] + len(self.waiting[name]):
                 continue
-            self.waiting[name].append(batch)
-            if sum(len(waiting.kept.get(name, (b"", 0))[0]) for waiting in self.waiting[name]) >= PART_BYTES:
+            self.waiting[name].append(_only(name, batch))
+            if sum(len(waiting.kept[name][0]) for waiting in self.waiting[name]) >= PART_BYTES:
                 self._flush(name)
                 write_json(self.progress_path, self.state)
 
@@ -266,7 +266,7 @@ class _Work:
             self.stage.out.rmdir()
 
     def _flush(self, name: str) -> None:
-        batches = [batch.kept.get(name, (b"", 0)) for batch in self.waiting[name]]
+        batches = [batch.kept[name] for batch in self.waiting[name]]
         documents = sum(number for _, number in batches)
         if documents:
             have = sum(part["name"].startswith(f"{name}-") for part in self.state["parts"])
@@ -285,6 +285,16 @@ class _Work:
         counts["dropped"] = _sum(counts["dropped"], batch.dropped)
         self.state["notes"] = _sum(self.state["notes"], batch.notes)
         self.state["input_bytes"] += batch.input_bytes
+
+
+def _only(name: str, batch: Batch) -> Batch:
+    """The batch with the lines of one output, but all its counts.
+
+    An output that fills slowly must not hold on to the lines of the others: with 1% for validation that was
+    most of a gigabyte.
+    """
+    kept = {other: (lines if other == name else b"", number) for other, (lines, number) in batch.kept.items()}
+    return replace(batch, kept={name: (b"", 0), **kept})
 
 
 def _sum(counts: dict[str, int], more: dict[str, int]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,11 @@ from corpora import contents, document, documents_in, prose, run_stage, small_di
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import near_duplicates
+from data_prep import near_duplicates, parts
 from data_prep.__main__ import main
 from data_prep.documents import Filter, clean
 from data_prep.near_duplicates import Keys, Repeats, make_keys, save_keys, shingle_hashes, signature
-from data_prep.parts import Document
+from data_prep.parts import Batch, Document, Stage, convert
 
 
 def run(
@@ -74,6 +75,23 @@ def test_every_document_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
     assert dropped == {"duplicate": 1, "near_duplicate": 1, "too_long": 1, "too_short": 2}
     assert [found["id"] for found in documents_in(out)] == ["test:1", "test:5"]
     assert counts["in"] == 7
+
+
+def test_an_output_that_fills_slowly_does_not_hold_the_lines_of_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 100_000)
+    stage = Stage("slow", tmp_path / "out", [{"name": "x"}], {}, "a test", outputs=("train", "validation"))
+
+    def fat_and_thin(number: int) -> Batch:
+        return Batch(kept={"train": (b"x" * 100_000 + b"\n", 1), "validation": (b"y\n", 1)}, seen=2)
+
+    tracemalloc.start()
+    index = convert(stage, range(100), fat_and_thin, 1, 0)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert index["counts"]["kept"] == 200
+    assert peak_bytes < 2_000_000, "of 10 MB written"
 
 
 def test_of_repeats_the_first_in_input_order_is_kept(tmp_path: Path) -> None:
