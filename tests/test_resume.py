@@ -39,6 +39,7 @@ TEACHER = {"steps": 14, "save__trajectory_every": 4, "save__trajectory_first": 1
 STUDENT_KILLS = {
     "first step": Kill("distill.engine:Engine.step", 1),
     "between checkpoints": Kill("distill.engine:Engine.step", 8),
+    "after a validation and a save": Kill("distill.engine:Engine.step", 12),
     "in accumulation": Kill("distill.engine:Engine.backward", 16),
     "after a row of metrics": Kill("distill.metrics:Log.row", 4, before=False),
     "half of a checkpoint's files": Kill("torch:save", 3, before=False),
