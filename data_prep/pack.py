@@ -31,6 +31,8 @@ from data_prep.tar_records import RecordLayout
 SPLITS = ("train", "validation")
 MAX_SEQUENCE_LENGTH = 1 << 20
 MAX_SHARD_MEGABYTES = 4096
+# A process more costs a start and has its words to learn: it must have this much to do.
+BYTES_PER_WORKER = 24 << 20  # of JSON lines
 _START = (0, 0, 0)
 
 
@@ -50,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="size of a shard, 10^6 bytes (default 64)",
     )
     parser.add_argument(
-        "--workers", type=int, default=default_workers(), metavar="N", help="processes (default: all cores)"
+        "--workers",
+        type=int,
+        default=default_workers(),
+        metavar="N",
+        help="processes at most (default: all cores)",
     )
     parser.epilog = (
         "example:\n  python -m data_prep shards work/documents --tokenizer work/tokenizer --out work/shards\n"
@@ -159,7 +165,9 @@ def make_shards(plan: Plan, journal: Journal, workers: int) -> None:
     todo = [block for split in SPLITS for block in plan.blocks[split] if packers[split].needs(block)]
     full: deque[SpooledShard] = deque()
     total = sum(block.num_bytes for blocks in plan.blocks.values() for block in blocks)
-    with progress("shards", total, initial=total - sum(block.num_bytes for block in todo)) as advance:
+    todo_bytes = sum(block.num_bytes for block in todo)
+    workers = min(workers, 1 + todo_bytes // BYTES_PER_WORKER)
+    with progress("shards", total, initial=total - todo_bytes) as advance:
         for result in ordered_map(_work, _tasks(todo, full), workers):
             if isinstance(result, Shard):
                 journal.add(result)

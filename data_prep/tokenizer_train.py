@@ -10,6 +10,7 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from zlib import crc32
 
 import sentencepiece as spm
 
@@ -22,7 +23,9 @@ SPECIAL_PIECES = {"pad": "<pad>", "unk": "<unk>", "bos": "<s>", "eos": "</s>", "
 # One document gives at most this much, so that a long book is not the whole sample.
 DOCUMENT_SAMPLE_CHARS = 1 << 20
 _WORD_CHARS = 512
-_MAX_WORDS = 1 << 21  # different ones; about 250 MB
+_MAX_WORDS = 1 << 21  # different ones, counted; about 250 MB
+_MAX_CHARS = 1 << 22  # of different words, given to the trainer
+_MAX_COUNTED_CHARS = 3 << 23  # of words times their counts; the trainer takes about 500 MB for it
 # Each is a token of its own. A newline must survive, and no piece may cross it. "<" keeps "<s>" or "<0x41>"
 # in a text from being looked up whole in the vocabulary, which Hugging Face's unigram would do.
 ISOLATED = ("\n", "<")
@@ -80,7 +83,7 @@ def train_model(texts: list[bytes], vocab_size: int, model_type: str) -> bytes:
     written = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=(f"{word}\t{count}" for word, count in sorted(count_words(texts).items())),
+            sentence_iterator=(f"{word}\t{count}" for word, count in sorted(frequent_words(texts).items())),
             input_format="tsv",
             model_writer=written,
             model_type=model_type,
@@ -108,11 +111,11 @@ def train_model(texts: list[bytes], vocab_size: int, model_type: str) -> bytes:
     return _round_scores(written.getvalue())
 
 
-def count_words(texts: list[bytes]) -> Counter[str]:
+def frequent_words(texts: list[bytes]) -> dict[str, int]:
     """How often each word (with the space before it, if any) occurs in `texts`, which is emptied on the way.
 
-    SentencePiece needs no more, since no piece crosses a space; given lines, it takes 20 times the sample's memory.
-    Beyond _MAX_WORDS the rarest are forgotten.
+    SentencePiece needs no more, since no piece crosses a space. Its unigram trainer takes about 17 bytes for each
+    character counted, however often a word is counted (4 GB for 200 MB), so big counts are scaled down.
     """
     counts: Counter[str] = Counter()
     rare = 1
@@ -122,7 +125,24 @@ def count_words(texts: list[bytes]) -> Counter[str]:
         while len(counts) > _MAX_WORDS:
             counts = Counter({word: count for word, count in counts.items() if count > rare})
             rare += 1
-    return counts
+    return _scaled(_most_frequent(counts))
+
+
+def _most_frequent(counts: Counter[str]) -> dict[str, int]:
+    kept: dict[str, int] = {}
+    room = _MAX_CHARS
+    # the hash, so that words counted once are not those that come first in the alphabet
+    for word in sorted(counts, key=lambda word: (-counts[word], crc32(word.encode()), word)):
+        room -= len(word)
+        if room < 0:
+            break
+        kept[word] = counts[word]
+    return kept
+
+
+def _scaled(counts: dict[str, int]) -> dict[str, int]:
+    factor = sum(len(word) * count for word, count in counts.items()) / _MAX_COUNTED_CHARS
+    return counts if factor <= 1 else {word: max(1, round(count / factor)) for word, count in counts.items()}
 
 
 def _words(text: str) -> Iterator[str]:

@@ -176,6 +176,11 @@ def test_a_missing_index_or_split_is_said(tmp_path: Path) -> None:
 # --- the stage
 
 
+@pytest.fixture(autouse=True)
+def small_texts_keep_processes_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack, "BYTES_PER_WORKER", 1)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with documents, two tokenizers and the shards of the first."""
@@ -334,7 +339,8 @@ def failing_after(calls: int, function):  # type: ignore[no-untyped-def]
 
 def start(made: Path, out: Path) -> subprocess.Popen:
     stage = ["shards", str(made / "documents"), "--tokenizer", str(made / "tokenizer"), "--out", str(out)]
-    command = [sys.executable, "-m", "data_prep", *stage, "--shard-megabytes", "1", "--workers", "2"]
+    code = "import sys; from data_prep import __main__, pack; pack.BYTES_PER_WORKER = 1; sys.exit(__main__.main())"
+    command = [sys.executable, "-c", code, *stage, "--shard-megabytes", "1", "--workers", "2"]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
