@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from distill.experiments.arms import (
     table,
     train_arm,
 )
+from distill.metrics import METRICS, read_rows
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SEQUENCE_LENGTH, VOCAB_SIZE = "64", "1024"
@@ -98,12 +98,10 @@ def study(out: Path, seeds: list[int], workers: int, settings: list[str]) -> str
 
 
 def timed(run_dir: Path, config: Path, settings: list[str]) -> dict[str, Any]:
-    """`train_arm`, with the minutes it took; a run that was interrupted counts from its last start."""
-    start, clock = time.monotonic(), run_dir / "minutes.txt"
+    """`train_arm`, with the minutes its steps took: of training alone, over all its starts."""
     result = train_arm(run_dir, config, settings)
-    if not clock.exists():
-        clock.write_text(f"{(time.monotonic() - start) / 60:.2f}\n")
-    return {**result, "minutes": float(clock.read_text())}
+    seconds = sum(row["seconds"] for row in read_rows(run_dir / METRICS, "train"))
+    return {**result, "minutes": seconds / 60}
 
 
 def main() -> int:
@@ -130,9 +128,8 @@ def main() -> int:
     try:
         found = study(arguments.out, arguments.seeds, arguments.workers, arguments.settings)
     except CommandFailed as failure:
-        code = int(str(failure.code))
-        print(f"stopped (exit code {code}); the same command goes on from there", file=sys.stderr)
-        return code
+        print(failure, file=sys.stderr)
+        return failure.code
     out = arguments.out
     print(
         f"\n{found}\n\npicture: {out}/curves.png   figures: {out}/results.json   TensorBoard: tensorboard --logdir {out}/runs"
