@@ -5,6 +5,7 @@ parameter and FLOP counts.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import typing
@@ -123,9 +124,10 @@ def build_model(
             )
     specials = {key: value for key, value in special_ids.items() if hasattr(defaults, key)}
     no_dropout = {key: 0.0 for key in NO_DROPOUT if hasattr(defaults, key)}
+    # A copy: transformers fills in defaults inside the mappings it is given.
     config = AutoConfig.for_model(
         architecture,
-        **{**no_dropout, "vocab_size": vocab_size, **specials, **overrides},
+        **{**no_dropout, "vocab_size": vocab_size, **specials, **copy.deepcopy(overrides)},
         attn_implementation=ATTENTION,
     )
     _check_positions(

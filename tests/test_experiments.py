@@ -19,7 +19,7 @@ from distill.experiments.arms import mean_and_spread, steps_to, table
 from distill.experiments.wiki_books import CONFIGS, arms
 
 ROOT = Path(__file__).parent.parent
-TINY = (
+TINY = tuple(f"model.overrides.{k}" for k in ("hidden_size=16", "num_attention_heads=2", "intermediate_size=32"))
     "model.overrides={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"
 )
 QUICK = (
@@ -31,7 +31,7 @@ QUICK = (
     "log.every=2",
     "log.eval_every=10",
     "log.eval_samples=16",
-    TINY,
+    *TINY,
 )
 
 
