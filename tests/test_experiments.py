@@ -19,8 +19,8 @@ from distill.experiments.arms import mean_and_spread, steps_to, table
 from distill.experiments.wiki_books import CONFIGS, arms
 
 ROOT = Path(__file__).parent.parent
-TINY = tuple(f"model.overrides.{k}" for k in ("hidden_size=16", "num_attention_heads=2", "intermediate_size=32"))
-    "model.overrides={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"
+TINY = tuple(
+    f"model.overrides.{k}" for k in ("hidden_size=16", "num_attention_heads=2", "intermediate_size=32")
 )
 QUICK = (
     "steps=20",
