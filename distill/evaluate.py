@@ -20,8 +20,14 @@ SEED = 0  # of the validation masks: the same for all runs, so that their figure
 
 
 def validation_samples(config: Config) -> Samples:
-    """The held-out documents of the run's shards."""
-    return Samples(config.data, "validation", SEED, shuffle=False)
+    """The held-out documents of the run's shards. Raises ValueError if there are none: a loss over nothing is 0."""
+    samples = Samples(config.data, "validation", SEED, shuffle=False)
+    if len(samples) == 0:
+        raise ValueError(
+            f"{config.data.shards}: no held-out documents: run `python -m data_prep documents` with a larger "
+            "--validation-share and make the shards again"
+        )
+    return samples
 
 
 @torch.no_grad()

@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import LENGTH, SIZES, assert_same_run, config, distill, rows, settings, text
+from tiny import (
+    LENGTH,
+    SIZES,
+    TOKENIZER,
+    assert_same_run,
+    config,
+    distill,
+    rows,
+    settings,
+    text,
+    write_text_shards,
+)
 
 from distill.build import layout
 from distill.distributed import World
@@ -120,6 +131,17 @@ def test_run_that_can_not_be_is_refused_and_leaves_nothing(what: str, shards: Pa
     assert left <= {"run.lock"}
 
 
+def test_shards_without_held_out_documents_are_refused(tmp_path: Path) -> None:
+    def split(number: int, seed: int) -> Any:
+        return text(number + 1, seed)[:number]
+
+    empty = write_text_shards(tmp_path / "shards", validation=0, make=split)
+    ended = distill(["train", *settings(empty, tmp_path / "run", steps=2)], tmp_path)
+    assert ended.code == 2, ended.output
+    assert "no held-out documents: run `python -m data_prep documents` with a larger" in ended.output
+    assert "Traceback" not in ended.output
+
+
 def test_settings_may_be_mended_after_a_refusal(shards: Path, tmp_path: Path) -> None:
     bad = {"model__overrides": {**SIZES["bert"], "vocab_size": 100}}
     assert distill(["train", *settings(shards, tmp_path / "run", **bad, steps=2)], tmp_path).code == 2
@@ -186,7 +208,6 @@ def test_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(
 
 def test_batches_without_a_counted_token_change_nothing_and_end_nothing(tmp_path: Path) -> None:
     """All padding, or no maskable word: there is nothing to learn, and nothing to divide by."""
-    from tiny import TOKENIZER, write_text_shards
 
     def nothing(number: int, seed: int) -> Any:
         return text(number, seed) * 0 + TOKENIZER.pad_id
