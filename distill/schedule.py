@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from distill.config import Config, OptimConfig, Ramp, ScheduleConfig
 
@@ -123,10 +124,7 @@ def make_schedule(
 
 
 def _spaced(checkpoints: list[int], number: int) -> list[int]:
-    """`number` of the checkpoints, equally spaced in teacher steps, each the next at or after its mark;
-
-    the last always.
-    """
+    """`number` of the checkpoints, the last always, each the next at or after its equally spaced mark."""
     if number > len(checkpoints):
         raise ValueError(
             f"schedule.num_stages={number} but only {len(checkpoints)} checkpoints may teach: {checkpoints}"
@@ -134,7 +132,13 @@ def _spaced(checkpoints: list[int], number: int) -> list[int]:
     if number in (0, len(checkpoints)):
         return checkpoints
     marks = [checkpoints[-1] * (i + 1) / number for i in range(number)]
-    return sorted({next(c for c in checkpoints if c >= mark) for mark in marks})
+    spaced = sorted({next(c for c in checkpoints if c >= mark) for mark in marks})
+    if len(spaced) < number:
+        raise ValueError(
+            f"schedule.num_stages={number}: the equally spaced marks {[round(m, 1) for m in marks]} fall on only "
+            f"{len(spaced)} of the checkpoints {checkpoints}, {spaced}: name {number} of them in schedule.checkpoints"
+        )
+    return spaced
 
 
 def _equal(checkpoints: list[int], steps: int) -> list[tuple[int, int]]:
@@ -155,14 +159,14 @@ def _two_shot(
 
 
 def _speed(checkpoints: list[int], speed: float, steps: int) -> list[tuple[int, int]]:
-    """The checkpoint at or ahead of teacher step speed*(s+1), the last once there is none;
+    """Student step s has the first checkpoint at or ahead of teacher step speed*(s+1), or the last of all.
 
-    a short run never sees the last.
+    A short run never sees the last.
     """
-    starts = [0] + [math.floor(c / speed) for c in checkpoints[:-1]]
-    latest = dict(
-        zip(starts, checkpoints, strict=False)
-    )  # checkpoints closer than one student step: the later one
+    exact = Fraction(str(speed))  # in floats 3 / 0.1 is 29.999..., a step too early
+    starts = [0] + [math.floor(c / exact) for c in checkpoints[:-1]]
+    # Of checkpoints closer than one student step the later one teaches.
+    latest = dict(zip(starts, checkpoints, strict=True))
     return sorted((first, c) for first, c in latest.items() if first < steps)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -102,16 +103,19 @@ def test_step_0_of_a_teacher_never_teaches() -> None:
 
 @given(
     st.lists(st.integers(1, 200), min_size=1, unique=True),
-    st.sampled_from([0.25, 0.5, 1, 1.5, 3, 16]),
+    st.sampled_from(["0.1", "0.3", "0.7", "1", "1.1", "1.5", "2.3", "3", "16"]),
     st.integers(1, 60),
 )
 def test_speed_takes_the_first_checkpoint_at_or_ahead_of_the_students_step(
-    checkpoints: list[int], speed: float, steps: int
+    checkpoints: list[int], speed: str, steps: int
 ) -> None:
+    exact = Fraction(speed)
     ahead = [
-        [c for c in sorted(checkpoints) if c >= speed * (s + 1)] or [max(checkpoints)] for s in range(steps)
+        [c for c in sorted(checkpoints) if c >= exact * (s + 1)] or [max(checkpoints)] for s in range(steps)
     ]
-    assert by_step(schedule(steps, checkpoints, kind="speed", speed=speed)) == [choice[0] for choice in ahead]
+    assert by_step(schedule(steps, checkpoints, kind="speed", speed=float(speed))) == [
+        choice[0] for choice in ahead
+    ]
 
 
 @given(st.integers(1, 30), st.integers(30, 400))
@@ -121,6 +125,40 @@ def test_equal_stages_differ_by_one_step_at_most(num_stages: int, steps: int) ->
     lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
     assert len(lengths) == num_stages
     assert max(lengths) - min(lengths) <= 1
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=30, unique=True), st.integers(1, 12))
+def test_number_of_stages_is_what_was_asked_for_or_refused(checkpoints: list[int], num_stages: int) -> None:
+    try:
+        s = schedule(100, checkpoints, kind="equal", num_stages=num_stages)
+    except ValueError as error:
+        assert f"schedule.num_stages={num_stages}" in str(error)
+    else:
+        assert len(s.stages) == num_stages
+
+
+def test_ten_stages_of_a_log_spaced_trajectory_are_equally_spaced() -> None:
+    available = [25, 50, *range(100, 2001, 100)]
+    stages = schedule(1000, available, kind="equal", num_stages=10).stages
+    assert [stage.checkpoint for stage in stages] == list(range(200, 2001, 200))
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "num_stages", "marks", "chosen"),
+    [
+        ([100, 200, 1000], 2, "[500.0, 1000.0]", "[1000]"),
+        ([1, 2, 4, 8, 1000], 4, "[250.0, 500.0, 750.0, 1000.0]", "[1000]"),
+    ],
+)
+def test_marks_that_fall_on_too_few_checkpoints_are_refused(
+    checkpoints: list[int], num_stages: int, marks: str, chosen: str
+) -> None:
+    with pytest.raises(ValueError) as refusal:
+        schedule(10, checkpoints, kind="equal", num_stages=num_stages)
+    said = (
+        f"marks {marks} fall on only 1 of the checkpoints {checkpoints}, {chosen}: name {num_stages} of them"
+    )
+    assert said in str(refusal.value)
 
 
 def test_one_stage_is_the_one_shot_schedule() -> None:
