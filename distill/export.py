@@ -13,7 +13,7 @@ from distill.config_reader import load_config
 from distill.data import Samples
 from distill.engine import saved_weights
 from distill.evaluate import validate, validation_samples
-from distill.models import DTYPES, load_model, quiet_transformers
+from distill.models import DTYPES, cast_parameters, load_model, quiet_transformers
 from distill.run_folder import CONFIG
 
 
@@ -39,7 +39,7 @@ def export_run(run_dir: Path, out: Path) -> Path:
     config = load_config([run_dir / CONFIG], [])
     model = student_model(config, Samples(config.data, "train", config.seed, shuffle=True))
     model.load_state_dict(saved_weights(saved[-1]))
-    model.to(dtype=DTYPES[config.engine.dtype])  # type: ignore[call-arg]
+    cast_parameters(model, DTYPES[config.engine.dtype])
     export(model, Path(config.data.shards) / "tokenizer", out)
     return out
 

@@ -222,6 +222,15 @@ def check_split(model: PreTrainedModel) -> None:
         )
 
 
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights in place, as `from_pretrained(dtype=...)` and DeepSpeed do.
+
+    Module.to(dtype) would cast buffers too, and rotary frequencies in bf16 are other angles at far positions.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 

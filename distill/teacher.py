@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from data_prep.shards import TokenizerInfo
 from distill.config import Config
-from distill.models import DTYPES, Inputs, Rows, check_split, counted_rows
+from distill.models import DTYPES, Inputs, Rows, cast_parameters, check_split, counted_rows
 from distill.schedule import Schedule
 from distill.trajectory.manifest import BadTrajectory, Manifest
 from distill.trajectory.stream import CheckpointStream
@@ -37,7 +37,8 @@ class Teacher:
         checkpoint, waited = self._stream.take(step)
         if self.model is None:
             check_split(checkpoint)
-            self.model = checkpoint.requires_grad_(False).eval().to(device=self.device, dtype=self.dtype)
+            cast_parameters(checkpoint, self.dtype)
+            self.model = checkpoint.requires_grad_(False).eval().to(device=self.device)
         else:
             self.model.load_state_dict(checkpoint.state_dict())  # in place, cast to the teacher's dtype
         self.step = step
