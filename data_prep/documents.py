@@ -2,7 +2,7 @@
 
 Two walks over the input parts, each parallel over parts: the first leaves keys of every document in `.keys/`,
 which are compared in between; the second writes what is kept. A whole document goes to one side of the split,
-a book too.
+a book too; neither side is ever left empty.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from data_prep.parts import (
     Stage,
     convert,
     encode_document,
+    forget_if_empty,
     load_index,
     open_folder,
     part_paths,
@@ -36,7 +37,7 @@ from data_prep.parts import (
 )
 from data_prep.progress import progress
 
-RULES = 1  # raise when the same input would give other documents
+RULES = 2  # raise when the same input would give other documents
 KEYS_FOLDER = ".keys"
 OUTPUTS = ("train", "validation")
 TRAIN, VALIDATION, TOO_SHORT, TOO_LONG, DUPLICATE, NEAR_DUPLICATE = range(6)
@@ -51,6 +52,7 @@ EXAMPLE = """example:
 
 The order of the folders matters: of repeated documents the first in input order is kept.
 The split goes by a hash of the cleaned text of a whole document: books, few and long, are never cut in two.
+At least one document is held out and one is left for training, whatever the share.
 Interrupted, the same command goes on; the documents are the same bytes for any number of workers.
 """
 
@@ -107,7 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--validation-share",
         type=float,
         default=default.validation_share,
-        help="share of documents held out, 0 to 1 (default: %(default)s)",
+        help="share held out for validation, of documents, not of their text; 0 to 1 (default: %(default)s; "
+        "above 0 at least one document; 0: none)",
     )
     add(
         "--similarity",
@@ -147,7 +150,12 @@ def _work(stage: Stage, folders: list[Path], rules: Filter, workers: int) -> dic
     keys_folder = stage.out / KEYS_FOLDER
     keys_folder.mkdir(exist_ok=True)
     _make_all_keys(parts, keys_folder, rules, workers)
-    fates = _all_fates(parts, keys_folder, rules.similarity)
+    try:
+        fates = _all_fates(parts, keys_folder, rules)
+    except ValueError:  # what the user mends is input or settings, and those may then use the same folder
+        shutil.rmtree(keys_folder)
+        forget_if_empty(stage.out)
+        raise
     total_bytes = sum(path.stat().st_size for path in parts)
     index = convert(stage, zip(parts, fates, strict=True), extract_part, workers, total_bytes)
     shutil.rmtree(keys_folder)
@@ -194,16 +202,34 @@ def _fates_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.fates"
 
 
-def _all_fates(parts: list[Path], keys_folder: Path, similarity: float) -> list[npt.NDArray[np.uint8]]:
+def _all_fates(parts: list[Path], keys_folder: Path, rules: Filter) -> list[npt.NDArray[np.uint8]]:
     """The fate of every document of every part (uint8), once repeats are known."""
     by_part = [np.fromfile(_fates_path(keys_folder, number), np.uint8) for number in range(len(parts))]
     fates = np.concatenate(by_part) if by_part else np.empty(0, np.uint8)
     repeats = Repeats(keys_folder, [len(part) for part in by_part])
     repeats.alive[:] = fates <= VALIDATION
     fates[repeats.drop_exact()] = DUPLICATE
-    if similarity < 1:
-        fates[repeats.drop_near(similarity)] = NEAR_DUPLICATE
+    if rules.similarity < 1:
+        fates[repeats.drop_near(rules.similarity)] = NEAR_DUPLICATE
+    if rules.validation_share:
+        _fill_both_splits(fates, repeats)
     return np.split(fates, repeats.first[1:-1])
+
+
+def _fill_both_splits(fates: npt.NDArray[np.uint8], repeats: Repeats) -> None:
+    """Of the kept documents that with the smallest hash is held out, and that with the largest never is.
+
+    So the split still goes by text alone. ValueError for a single document, which cannot be on both sides.
+    """
+    kept = int(repeats.alive.sum())
+    if kept == 1:
+        raise ValueError(
+            "one document is left, which cannot be in train and validation both; "
+            "give more documents, or --validation-share 0"
+        )
+    if kept:
+        smallest, largest = repeats.extremes()
+        fates[smallest], fates[largest] = VALIDATION, TRAIN
 
 
 def extract_part(task: tuple[Path, npt.NDArray[np.uint8]]) -> Batch:

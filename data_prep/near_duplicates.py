@@ -158,6 +158,16 @@ class Repeats:
         self.alive = np.ones(int(self.first[-1]), bool)
         self.num_ranges = 1 << (max(len(self.alive) - 1, 0) // KEYS_IN_MEMORY).bit_length()
 
+    def extremes(self) -> tuple[int, int]:
+        """The kept documents whose texts have the smallest and the largest hash; some must be kept."""
+        found = []
+        for part, count in enumerate(self.counts):
+            hashes = np.fromfile(keys_path(self.folder, part), np.uint64, count)
+            kept = np.flatnonzero(self.alive[self.first[part] : self.first[part + 1]])
+            for place in (hashes[kept].argmin(), hashes[kept].argmax()) if len(kept) else ():
+                found.append((int(hashes[kept[place]]), int(self.first[part] + kept[place])))
+        return min(found)[1], max(found)[1]
+
     def drop_exact(self) -> npt.NDArray[np.int64]:
         """Drop and return the documents whose text is that of an earlier one."""
         dropped = [later for _, later in self._pairs(0)]

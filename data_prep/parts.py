@@ -215,8 +215,15 @@ def convert(
                 advance(batch.input_bytes)
         return work.finish()
     except ValueError:
-        work.forget_if_empty()
+        forget_if_empty(stage.out)
         raise
+
+
+def forget_if_empty(out: Path) -> None:
+    """Bad input that gave nothing leaves no trace, so that the mended input may use the same folder."""
+    if list(out.iterdir()) == [out / PROGRESS_NAME]:
+        (out / PROGRESS_NAME).unlink()
+        out.rmdir()
 
 
 class _Work:
@@ -258,12 +265,6 @@ class _Work:
         write_json(self.stage.out / INDEX_NAME, index)
         self.progress_path.unlink(missing_ok=True)
         return index
-
-    def forget_if_empty(self) -> None:
-        """Bad input that gave nothing leaves no trace, so that the mended input may use the same folder."""
-        if list(self.stage.out.iterdir()) == [self.progress_path]:
-            self.progress_path.unlink()
-            self.stage.out.rmdir()
 
     def _flush(self, name: str) -> None:
         batches = [batch.kept[name] for batch in self.waiting[name]]

@@ -21,10 +21,11 @@ from data_prep.parts import Batch, Document, Stage, convert
 def run(
     tmp_path: Path, documents: list[Document], *options: str
 ) -> tuple[dict[str, int], dict[str, int], Path]:
-    """(counts, dropped, folder)"""
+    """(counts, dropped, folder); without validation unless `options` ask for some."""
     source = write_documents(tmp_path / "in", documents)
     out = tmp_path / "out"
-    assert main(["documents", str(source), "--out", str(out), "--workers", "1", *options]) == 0
+    command = ["documents", str(source), "--out", str(out), "--workers", "1", "--validation-share", "0"]
+    assert main([*command, *options]) == 0
     counts = json.loads((out / "index.json").read_text())["counts"]
     assert counts["in"] == counts["kept"] + sum(counts["dropped"].values())
     return counts, counts["dropped"], out
@@ -105,7 +106,8 @@ def test_folders_are_compared_with_each_other(tmp_path: Path) -> None:
     one = write_documents(tmp_path / "one", [document(1), document(2)])
     two = write_documents(tmp_path / "two", [document(3, prose(1)), document(4)])
     out = tmp_path / "out"
-    assert main(["documents", str(one), str(two), "--out", str(out), "--workers", "1"]) == 0
+    command = ["documents", str(one), str(two), "--out", str(out), "--workers", "1"]
+    assert main([*command, "--validation-share", "0"]) == 0
     assert [found["id"] for found in documents_in(out)] == ["test:1", "test:2", "test:4"]
 
 
@@ -118,6 +120,25 @@ def test_the_split_goes_by_text_alone(tmp_path: Path) -> None:
     random.Random(1).shuffle(documents)
     _, _, again = run(tmp_path / "again", documents, "--validation-share", "0.2")
     assert {found["text"] for found in documents_in(again, "validation")} == held_out
+
+
+@pytest.mark.parametrize("share", ["1e-9", "0.01", "0.999999999"])
+@pytest.mark.parametrize("number", [2, 5, 30])
+def test_few_documents_fill_both_splits(tmp_path: Path, number: int, share: str) -> None:
+    documents = [document(i) for i in range(number)]
+    _, _, out = run(tmp_path, documents, "--validation-share", share)
+    train, held_out = (documents_in(out, split) for split in ("train", "validation"))
+    assert train and held_out and len(train) + len(held_out) == number
+    _, _, again = run(tmp_path / "again", documents[::-1], "--validation-share", share)
+    assert {one["id"] for one in documents_in(again, "validation")} == {one["id"] for one in held_out}
+
+
+def test_a_single_document_cannot_be_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_documents(tmp_path / "in", [document(1), document(2, prose(1))])
+    command = ["documents", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main(command) == 2
+    assert "one document is left" in capsys.readouterr().err
+    assert main([*command, "--validation-share", "0"]) == 0, "the folder may be used again"
 
 
 def test_no_validation_share_gives_no_validation_part(tmp_path: Path) -> None:

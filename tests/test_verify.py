@@ -136,6 +136,13 @@ def test_documents_that_do_not_add_up_are_found(shards: Path, capsys: pytest.Cap
     assert f"{kept} ends found in the shards" not in report or f"{kept - 1} kept by" in report
 
 
+def test_an_empty_split_is_found(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_documents(tmp_path / "documents", train=TOPICS[:9])
+    assert make_shards(tmp_path / "documents", sources / "tokenizer", tmp_path / "shards") == 0
+    assert verify(tmp_path / "shards") == 1
+    assert "FAULT validation: the split is empty" in capsys.readouterr().out
+
+
 def test_samples_out_of_order_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     info = TokenizerInfo("0" * 64, vocab_size=100, pad_id=0, unk_id=1, bos_id=2, eos_id=3, mask_id=4)
     write_shards(tmp_path, {"train": np.full((20, 8), 9)}, info, sequence_length=8, samples_per_shard=10)
