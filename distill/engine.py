@@ -136,5 +136,9 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:
     """fp32 weights of the model from what `Engine.save` left, by name, without starting an engine."""
-    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    if any((folder / TAG).glob("*_optim_states.pt")):
+        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    else:  # ZeRO 0 keeps the weights whole, with the optimizer beside them
+        path = folder / TAG / "mp_rank_00_model_states.pt"
+        state = torch.load(path, map_location="cpu", weights_only=True)["module"]
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}

@@ -66,8 +66,14 @@ def run(arguments: list[str], folder: Path, kill: Kill | None = None) -> None:
     assert ended.code == (0 if kill is None else -kill.number), ended.output
 
 
-def test_export_of_a_run_that_is_under_way_is_its_newest_checkpoint(shards: Path, tmp_path: Path) -> None:
-    arguments = ["train", *settings(shards, tmp_path / "run", save__trajectory_every=5)]
+@pytest.mark.parametrize(
+    ("zero_stage", "dtype"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]
+)
+def test_export_of_a_run_that_is_under_way_is_its_newest_checkpoint(
+    zero_stage: int, dtype: str, shards: Path, tmp_path: Path
+) -> None:
+    changes = {"engine__zero_stage": zero_stage, "engine__dtype": dtype, "save__trajectory_every": 5}
+    arguments = ["train", *settings(shards, tmp_path / "run", **changes)]
     run(arguments, tmp_path, Kill("distill.engine:Engine.step", 12))
     run(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")], tmp_path)
     at_10 = (tmp_path / "run" / "trajectory" / "step_00000010" / "model.safetensors").read_bytes()
