@@ -27,6 +27,7 @@ from data_prep.files import read_json, remove_temporary_files, sha256_of, whole_
 from data_prep.parts import load_index
 from data_prep.shards import TokenizerInfo
 from data_prep.tokenizer_files import (
+    CONTROL,
     MODEL_NAME,
     huggingface_config,
     huggingface_special,
@@ -168,7 +169,8 @@ def _from_sentencepiece(model: bytes, source: str, pad_token: str | None) -> _Ma
     proto = parse_model(model, source)
     names = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     fallback = proto.trainer_spec.byte_fallback
-    special = resolve_special(sentencepiece_special(proto), fallback, _pad_token_id(pad_token, names))
+    spare = {piece.piece: n for n, piece in enumerate(proto.pieces) if piece.type == CONTROL}
+    special = resolve_special(sentencepiece_special(proto), fallback, _pad_token_id(pad_token, names), spare)
     info = TokenizerInfo(hashlib.sha256(model).hexdigest(), len(proto.pieces), **asdict(special))
     twin = to_huggingface(proto)
     config = json.dumps(huggingface_config(proto, special), indent=1) + "\n"
@@ -183,12 +185,15 @@ def _from_sentencepiece(model: bytes, source: str, pad_token: str | None) -> _Ma
 def _from_huggingface(path: Path, pad_token: str | None) -> _Made:
     content = (path / HUGGINGFACE_NAME).read_bytes()
     try:
-        vocabulary = tokenizers.Tokenizer.from_str(content.decode()).get_vocab(with_added_tokens=True)
+        tokenizer = tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{path / HUGGINGFACE_NAME} is not a tokenizer ({error})") from None
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    added = tokenizer.get_added_tokens_decoder()
+    spare = {token.content: number for number, token in added.items() if token.special}
     fallback = bool(json.loads(content)["model"].get("byte_fallback"))
     special = resolve_special(
-        huggingface_special(path, vocabulary), fallback, _pad_token_id(pad_token, vocabulary)
+        huggingface_special(path, vocabulary), fallback, _pad_token_id(pad_token, vocabulary), spare
     )
     info = TokenizerInfo(hashlib.sha256(content).hexdigest(), max(vocabulary.values()) + 1, **asdict(special))
     files = {name: (path / name).read_bytes() for name in _ALSO_COPIED if (path / name).is_file()}

@@ -14,8 +14,8 @@ SPACE = "\u2581"
 MODEL_NAME = "tokenizer.model"
 # numbers of SentencePiece's protocol buffers
 UNIGRAM, _BPE = 1, 2
-NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
-_NAMED = (_UNKNOWN, _CONTROL, _USER_DEFINED)
+NORMAL, _UNKNOWN, CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_NAMED = (_UNKNOWN, CONTROL, _USER_DEFINED)
 _NAMES = {
     "pad": ("<pad>", "[PAD]", "<|padding|>", "<|pad|>"),
     "unk": ("<unk>", "[UNK]"),
@@ -50,12 +50,12 @@ class SpecialTokens:
 
 
 def resolve_special(
-    found: dict[str, int | None], byte_fallback: bool, pad_token_id: int | None
+    found: dict[str, int | None], byte_fallback: bool, pad_token_id: int | None, spare: dict[str, int]
 ) -> SpecialTokens:
     """Fill in what a given tokenizer does not declare, or say what is missing (ValueError).
 
     No bos: eos marks both ends. No pad: unk where byte fallback means that text never gives it, else
-    `pad_token_id`.
+    `pad_token_id`. `spare`: special tokens by name that may be proposed for padding.
     """
     eos_id = found["eos"]
     if eos_id is None:
@@ -64,9 +64,24 @@ def resolve_special(
     if pad_id is None and byte_fallback:
         pad_id = found["unk"]
     if pad_id is None:
-        raise ValueError("the tokenizer has no padding token; name one of its tokens with --pad-token")
+        raise ValueError(f"the tokenizer has no padding token; {_padding_advice(found, spare)}")
+    if pad_id == eos_id:
+        raise ValueError(
+            f"the padding token (id {pad_id}) is also the end-of-sequence token: padding would pass for the end of "
+            f"documents; {_padding_advice(found, spare)}"
+        )
     bos_id = eos_id if found["bos"] is None else found["bos"]
     return SpecialTokens(pad_id, found["unk"], bos_id, eos_id, found["mask"])
+
+
+def _padding_advice(found: dict[str, int | None], spare: dict[str, int]) -> str:
+    names = [name for name, number in spare.items() if number not in found.values()]
+    if names:
+        return f"name another one with --pad-token, such as {' or '.join(map(repr, names[:3]))}"
+    return (
+        "name a token that your text never holds with --pad-token, or add one to the tokenizer "
+        "(`add_special_tokens({'pad_token': '<|pad|>'})`, then `save_pretrained`) and give that folder to --from"
+    )
 
 
 def sentencepiece_special(proto: Any) -> dict[str, int | None]:
@@ -161,7 +176,7 @@ def _added_tokens(proto: Any) -> list[AddedToken]:
     """Control symbols. "<mask>" takes the space before it along, as it replaces a piece that begins with
     one.
     """
-    pieces = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)]
+    pieces = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, CONTROL)]
     return [AddedToken(piece, normalized=False, special=True, lstrip=piece == "<mask>") for piece in pieces]
 
 

@@ -210,8 +210,36 @@ def test_a_given_tokenizer_without_padding_needs_one_named(
     assert main(take) == 2
     assert "--pad-token" in capsys.readouterr().err
     assert main([*take, "--pad-token", "nonsense"]) == 2
-    assert main([*take, "--pad-token", "<|endoftext|>"]) == 0
-    assert load_tokenizer(tmp_path / "t").info.pad_id == 0
+    assert main([*take, "--pad-token", "!"]) == 0
+    assert load_tokenizer(tmp_path / "t").info.pad_id == AutoTokenizer.from_pretrained(given).vocab["!"]
+
+
+@pytest.mark.parametrize(
+    ("special", "advice"),
+    [
+        (["<|endoftext|>"], "or add one to the tokenizer"),
+        (["<|endoftext|>", "<|spare|>"], "another one with --pad-token, such as '<|spare|>'"),
+    ],
+)
+def test_padding_with_the_end_of_sequence_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], special: list[str], advice: str
+) -> None:
+    given = byte_level_folder(tmp_path / "given", special)
+    take = ["tokenizer", "--from", str(given), "--out", str(tmp_path / "t")]
+    assert main([*take, "--pad-token", "<|endoftext|>"]) == 2
+    error = capsys.readouterr().err
+    assert "is also the end-of-sequence token" in error and advice in error
+    write_json(given / "tokenizer_config.json", {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
+    assert main(take) == 2
+    assert capsys.readouterr().err == error
+
+
+def test_a_sentencepiece_model_that_pads_with_its_end_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    take = ["tokenizer", "--from", str(folder / "tokenizer.model"), "--out", str(tmp_path / "t")]
+    assert main([*take, "--pad-token", "</s>"]) == 2
+    assert "is also the end-of-sequence token" in capsys.readouterr().err
 
 
 def test_a_bert_folder_is_taken_with_its_own_names(tmp_path: Path) -> None:
