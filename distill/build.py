@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from data_prep.shards import TokenizerInfo
 from distill.config import Config
 from distill.data import Samples
 from distill.distributed import World
@@ -69,7 +70,9 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     log.info("model: %s, %.2f M parameters", model.config.model_type, num_parameters(model) / 1e6)
     model.to(device=world.device)  # type: ignore[call-arg]  # transformers wraps Module.to untyped
     engine = Engine(model, config, world, accumulation)
-    manifest = own_trajectory(config, folder, samples) if config.save.trajectory_every else None
+    manifest = (
+        own_trajectory(folder, model.config, samples.tokenizer) if config.save.trajectory_every else None
+    )
     return Run(
         config, world, folder, samples, validation_samples(config), engine, micro, schedule, teacher, manifest
     )
@@ -141,11 +144,10 @@ def student_model(config: Config, samples: Samples) -> PreTrainedModel:
     return model
 
 
-def own_trajectory(config: Config, folder: Path, samples: Samples) -> Manifest:
+def own_trajectory(folder: Path, model: PretrainedConfig, tokenizer: TokenizerInfo) -> Manifest:
     """The manifest of the trajectory that this run leaves: new, or as it stands when the run goes on."""
     root = folder / "trajectory"
     if (root / "manifest.json").exists():
         return load_manifest(root)
     root.mkdir(exist_ok=True)
-    tokenizer = samples.tokenizer
-    return Manifest(root, "distill", config.model.architecture, tokenizer.vocab_size, tokenizer.sha256)
+    return Manifest(root, "distill", model.model_type, model.vocab_size, tokenizer.sha256)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import distill, settings
+from tiny import LENGTH, SIZES, VOCABULARY, Kill, distill, rows, settings
 
 from distill.trajectory.families import find_checkpoints
 from distill.trajectory.manifest import BadTrajectory, index_folder, load_manifest
@@ -79,6 +79,26 @@ def test_manifest_of_a_teacher_run_describes_every_checkpoint(teacher_run: Path)
     assert [c.tokens for c in manifest.checkpoints.values()] == sorted(
         c.tokens for c in manifest.checkpoints.values()
     )
+
+
+def test_student_learns_from_a_teacher_with_padded_logits_and_other_architecture(
+    shards: Path, tmp_path: Path
+) -> None:
+    """The manifest tells what the model is, also one that was loaded, not what the config would have built."""
+    sizes = {**SIZES["modernbert"], "max_position_embeddings": LENGTH, "vocab_size": VOCABULARY + 16}
+    short = {"save__trajectory_every": 2, "steps": 2}
+    new = settings(
+        shards, tmp_path / "new", **short, model__architecture="modernbert", model__overrides=sizes
+    )
+    distill(["train", *new], tmp_path).ok()
+    loaded = settings(shards, tmp_path / "loaded", **short, model__init_from=str(tmp_path / "new" / "model"))
+    distill(["train", *loaded], tmp_path).ok()
+    for name in ("new", "loaded"):
+        manifest = load_manifest(tmp_path / name / "trajectory")
+        assert (manifest.architecture, manifest.vocab_size) == ("modernbert", VOCABULARY + 16)
+        taught = {"teacher__trajectory": str(manifest.root), "steps": 2, "log__every": 1}
+        distill(["train", *settings(shards, tmp_path / f"of_{name}", **taught)], tmp_path).ok()
+        assert all(row["kl"] > 0 for row in rows(tmp_path / f"of_{name}", "train"))
 
 
 def test_indexing_a_folder_finds_what_the_run_wrote(trajectory: Path) -> None:
@@ -282,8 +302,6 @@ def test_trajectory_that_grows_changes_nothing_for_a_run_that_goes_on(
     trajectory: Path, shards: Path, tmp_path: Path
 ) -> None:
     """The final teacher of the first start stays the final teacher."""
-    from tiny import Kill, rows
-
     final = trajectory / "step_00000024"
     final.rename(tmp_path / "later")
     index_folder(trajectory)
