@@ -132,8 +132,10 @@ class Log:
 
 
 def terminal_line(kind: str, step: int, values: dict[str, Any]) -> str:
+    """One line: `loss` is what is optimised, `labels` the hard labels' part; shares are of the seconds."""
     shown = {
-        "hard": "loss {:.3f}",
+        "loss": "loss {:.3f}",
+        "hard": "labels {:.3f}",
         "kl": "kl {:.3f}",
         "accuracy": "top-1 {:.3f}",
         "perplexity": "perplexity {:.1f}",
@@ -142,6 +144,8 @@ def terminal_line(kind: str, step: int, values: dict[str, Any]) -> str:
         "teacher_step": "teacher {:d}",
         "tokens_per_second": "{:,.0f} tok/s",
         "mfu": "mfu {:.1%}",
+        "teacher_share": "teaching {:.0%}",
+        "stall_seconds": "stall {:.1f} s",
     }
     return f"{kind} step {step}  " + "  ".join(
         text.format(values[key]) for key, text in shown.items() if key in values

@@ -80,10 +80,13 @@ def test_only_the_main_rank_writes(tmp_path: Path) -> None:
 
 
 def test_terminal_line_is_one_line_of_what_is_there() -> None:
-    line = terminal_line(
-        "train", 7, {"hard": 2.5, "accuracy": 0.25, "lr": 1e-3, "teacher_step": 40, "mfu": 0.5}
+    values = {"loss": 1.25, "hard": 2.5, "accuracy": 0.25, "lr": 1e-3, "teacher_step": 40, "mfu": 0.5}
+    line = terminal_line("train", 7, {**values, "teacher_share": 0.333, "stall_seconds": 1.26})
+    assert line == (
+        "train step 7  loss 1.250  labels 2.500  top-1 0.250  lr 1.0e-03  teacher 40  mfu 50.0%"
+        "  teaching 33%  stall 1.3 s"
     )
-    assert line == "train step 7  loss 2.500  top-1 0.250  lr 1.0e-03  teacher 40  mfu 50.0%"
+    assert terminal_line("validation", 7, {"hard": 2.5}) == "validation step 7  labels 2.500"
 
 
 def test_stopwatch_counts_the_time_inside_and_starts_anew_when_read() -> None:
