@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from distill.config import OBJECTIVES, Config, Ramp, fields_of
+from distill.config import OBJECTIVES, Config, Ramp, ScheduleConfig, fields_of
 
 SHARES = (
     "data.mask_rate",
@@ -38,6 +38,14 @@ NOT_NEGATIVE = (
     "save.trajectory_every",
     "save.trajectory_first",
 )
+# A key of the schedule that the chosen kind doesn't read would be ignored in silence.
+READ_BY = {
+    "checkpoints": ("one_shot", "equal", "n_t", "two_shot", "speed"),
+    "num_stages": ("equal", "n_t"),
+    "stage_steps": ("n_t",),
+    "stages": ("explicit",),
+    "speed": ("speed",),
+}
 
 
 def check(config: Config) -> list[str]:
@@ -96,6 +104,24 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
         (
             kind != "explicit" or bool(stage.stages),
             "schedule.kind=explicit needs schedule.stages=[[step, teacher step], ...]",
+        ),
+        *[
+            (
+                kind in kinds or getattr(stage, key) == getattr(ScheduleConfig(), key),
+                f"schedule.{key}={getattr(stage, key)} is read by kind {' and '.join(kinds)} only, "
+                f"got schedule.kind={kind}",
+            )
+            for key, kinds in READ_BY.items()
+        ],
+        (
+            not (c.model.init_from and c.model.overrides),
+            "model.overrides shape a new model, model.init_from brings its own config: "
+            f"set model.overrides={{}}, got {c.model.overrides}",
+        ),
+        (
+            c.optim.decay != "wsd" or c.optim.warmup_share + c.optim.decay_share <= 1,
+            "optim.warmup_share + optim.decay_share must not pass 1 with decay=wsd, got "
+            f"{c.optim.warmup_share} + {c.optim.decay_share}",
         ),
         (kind != "n_t" or stage.stage_steps > 0, "schedule.kind=n_t needs schedule.stage_steps above 0"),
         (

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny import ROOT
 
 from distill.config import Config, fields_of, help_text, to_yaml
 from distill.config_reader import ConfigError, coerce, load_config
 from distill.config_rules import check
+from distill.experiments.wiki_books import arms
 
+CONFIGS = ROOT / "distill" / "configs"
 NEEDED = ["run_dir=runs/x", "data.shards=shards"]
 WITH_TEACHER = [*NEEDED, "teacher.trajectory=runs/t/trajectory"]
 
@@ -166,6 +169,25 @@ def test_key_or_value_that_is_not_understood_is_named(assignment: str, said: str
         (["schedule.kind=explicit", "schedule.stages=[[0, 5], [3]]"], "schedule.stages must be pairs"),
         (["schedule.kind=n_t"], "needs schedule.stage_steps above 0"),
         (["schedule.kind=equal", "schedule.checkpoints=[5]"], "has one entry: use kind=one_shot"),
+        (
+            ["schedule.kind=equal", "schedule.stages=[[0, 5]]"],
+            "read by kind explicit only, got schedule.kind=equal",
+        ),
+        (
+            ["schedule.stage_steps=5"],
+            "schedule.stage_steps=5 is read by kind n_t only, got schedule.kind=one_shot",
+        ),
+        (["schedule.num_stages=3"], "schedule.num_stages=3 is read by kind equal and n_t only"),
+        (["schedule.kind=equal", "schedule.speed=2"], "schedule.speed=2.0 is read by kind speed only"),
+        (
+            ["schedule.kind=explicit", "schedule.stages=[[0, 5]]", "schedule.checkpoints=[5, 6]"],
+            "schedule.checkpoints=[5, 6] is read by kind one_shot and equal and",
+        ),
+        (["model.init_from=m", "model.overrides={hidden_size: 8}"], "model.init_from brings its own config"),
+        (
+            ["optim.decay=wsd", "optim.warmup_share=0.5", "optim.decay_share=0.6"],
+            "must not pass 1 with decay=wsd, got 0.5 + 0.6",
+        ),
         (["schedule.num_stages=-1"], "schedule.num_stages must not be negative, got -1"),
         (["save.trajectory_every=-1"], "save.trajectory_every must not be negative, got -1"),
         (["save.trajectory_first=5"], "save.trajectory_first needs save.trajectory_every"),
@@ -195,6 +217,16 @@ def test_file_that_is_no_yaml_mapping_is_named(tmp_path: Path, content: Any) -> 
 )
 def test_coercion_accepts_what_yaml_makes_of_numbers(value: Any, hint: Any, result: Any) -> None:
     assert coerce(value, hint) == result
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_config_that_comes_along_holds(file: Path) -> None:
+    assert load_config([file], NEEDED).steps > 0
+
+
+def test_arms_of_the_study_hold() -> None:
+    for arm in arms(Path("trajectory")):
+        load_config([CONFIGS / "demo_student.yaml"], [*NEEDED, *arm.settings])
 
 
 def test_default_config_lacks_its_two_folders_only() -> None:

@@ -112,7 +112,9 @@ def settings(shards: Path, run_dir: Path, **changes: Any) -> list[str]:
         "steps": 12,
         "batch_size": 8,
         "model__architecture": architecture,
-        "model__overrides": {**SIZES[architecture], positions: LENGTH},
+        "model__overrides": {}
+        if "model__init_from" in changes
+        else {**SIZES[architecture], positions: LENGTH},
         "engine__dtype": "fp32",
         "teacher__dtype": "fp32",
         "optim__lr": 3e-3,
