@@ -35,10 +35,12 @@ clean:  ## remove what was built and cached; the environment and work/ stay
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis distill/kernels/*.so $(VENV)/.package
 	find distill data_prep tests -name __pycache__ -type d -exec rm -rf {} +
 
+# An environment without pip is what Debian's Python without python3-venv leaves half-made: made anew.
 $(VENV)/.requirements: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
 		|| { echo "Python 3.10 to 3.13 is needed, $(PYTHON) is another: make venv PYTHON=python3.11"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV) \
+		|| { echo "No virtual environment could be made; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(PIP) install -q $(PIP_FLAGS) --upgrade pip==26.3
 	$(PIP) install $(PIP_FLAGS) -r requirements.txt
 	touch $@

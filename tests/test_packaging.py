@@ -58,6 +58,34 @@ def test_every_library_that_is_imported_is_pinned() -> None:
     assert missing == set()
 
 
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+    *"-m venv"*) for folder; do :; done; mkdir -p "$folder/bin"; cp "$0" "$folder/bin/python"; exit "$VENV_FAILS" ;;
+    *"pip --version"*) exit 1 ;;
+    *) echo "ran $*" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize("there", [False, True], ids=["none yet", "half-made"])
+def test_an_environment_that_cannot_be_made_says_what_to_install(tmp_path: Path, there: bool) -> None:
+    fake = tmp_path / "python3"
+    fake.write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
+    if there:
+        (tmp_path / "venv/bin").mkdir(parents=True)
+        shutil.copy(fake, tmp_path / "venv/bin/python")
+        (tmp_path / "venv/pyvenv.cfg").touch()
+    target = tmp_path / "venv" / ".requirements"
+    command = ["make", str(target), f"PYTHON={fake}", f"VENV={tmp_path / 'venv'}"]
+    for fails in ("1", "0"):  # the second time, as after `apt install`
+        environment = os.environ | {"VENV_FAILS": fails}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert ("apt install python3-venv" in done.stdout) == (done.returncode != 0) == (fails == "1")
+        assert target.exists() == (fails == "0")
+
+
 def test_metadata_and_command_are_those_of_the_source() -> None:
     assert importlib.metadata.version("distill") == distill.__version__
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="distill")
