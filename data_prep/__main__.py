@@ -13,14 +13,18 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+# name: (module, what it does). `shards` is the folder's format, which readers import; `pack` is the stage.
 STAGES = {
-    "fetch": "download the demo corpora, a Wikipedia dump or Project Gutenberg books",
-    "wikipedia": "MediaWiki export dumps to documents",
-    "books": "Project Gutenberg files, folders of text, JSON lines and Parquet to documents",
-    "documents": "clean, drop duplicates, split into train and validation",
-    "tokenizer": "train a SentencePiece tokenizer, or take a given one",
-    "shards": "documents to fixed-length token sequences in tar shards",
-    "verify": "check every part of a shards folder against its index",
+    "fetch": ("data_prep.fetch", "download the demo corpora, a Wikipedia dump or Project Gutenberg books"),
+    "wikipedia": ("data_prep.wikipedia", "MediaWiki export dumps to documents"),
+    "books": (
+        "data_prep.books",
+        "Project Gutenberg files, folders of text, JSON lines and Parquet to documents",
+    ),
+    "documents": ("data_prep.documents", "clean, drop duplicates, split into train and validation"),
+    "tokenizer": ("data_prep.tokenizer", "train a SentencePiece tokenizer, or take a given one"),
+    "shards": ("data_prep.pack", "documents to fixed-length token sequences in tar shards"),
+    "verify": ("data_prep.verify", "check every part of a shards folder against its index"),
 }
 
 
@@ -30,12 +34,12 @@ def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
         prog="python -m data_prep", description="Raw text to training shards, one stage at a time."
     )
     stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
-    for name, summary in STAGES.items():
+    for name, (path, summary) in STAGES.items():
         stage = stages.add_parser(
             name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         if name == wanted:
-            module = importlib.import_module(f"data_prep.{name}")
+            module = importlib.import_module(path)
             module.add_arguments(stage)
             stage.set_defaults(run=module.run)
     return parser

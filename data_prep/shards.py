@@ -8,8 +8,6 @@ boundaries. Any `webdataset` reads the tars; `ShardReader` reads a sample by num
 one size.
 """
 
-import argparse
-import importlib
 import json
 import mmap
 from bisect import bisect_right
@@ -339,18 +337,3 @@ def _checked(sequence: np.ndarray, layout: RecordLayout, tokenizer: TokenizerInf
             f"a sequence has ids {array.min()}..{array.max()}, 0..{tokenizer.vocab_size - 1} expected"
         )
     return array.astype(layout.numpy_dtype)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `python -m data_prep shards`."""
-    _stage().add_arguments(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the stage; returns its exit code."""
-    return int(_stage().run(args))
-
-
-def _stage() -> Any:
-    """The stage lives in `pack`, which imports this module; readers of shards need no SentencePiece."""
-    return importlib.import_module("data_prep.pack")

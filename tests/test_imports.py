@@ -64,6 +64,18 @@ def imports(name: str, path: Path) -> Iterator[tuple[str, int]]:
             yield from ((f"{base}.{alias.name}", node.lineno) for alias in node.names)
 
 
+def hidden_imports(root: Path) -> list[str]:
+    """Modules of this project imported by name in a call, where the arrows above do not see them."""
+    return [
+        f"{path.relative_to(root)}:{node.lineno} hides an import of {node.args[0].value}"
+        for path in sources(root).values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)
+        if ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__")
+        if str(node.args[0].value).split(".")[0] in ("", *PACKAGES)
+    ]
+
+
 def edges(modules: dict[str, Path]) -> dict[str, dict[str, int]]:
     """Module -> the modules of this project it imports, with the line. A name counts as its module."""
     graph: dict[str, dict[str, int]] = {}
@@ -150,6 +162,10 @@ def test_data_prep_knows_nothing_of_distill() -> None:
     assert guilty == {}
 
 
+def test_no_import_is_hidden_in_a_call() -> None:
+    assert hidden_imports(ROOT) == []
+
+
 def test_confined_libraries_stay_in_their_rooms() -> None:
     assert strays(ROOT) == []
 
@@ -195,6 +211,12 @@ def test_the_walk_sees_a_library_outside_its_room(tmp_path: Path) -> None:
     assert strays(tmp_path) == [
         "distill/train.py:1 imports deepspeed.ops; only distill/engine.py may",
     ]
+
+
+def test_the_walk_sees_an_import_hidden_in_a_call(tmp_path: Path) -> None:
+    hidden = "import importlib\nx = importlib.import_module('data_prep.pack')\nimportlib.import_module(x)"
+    make_tree(tmp_path, data_prep__shards=hidden, data_prep__pack="import_module('torch')")
+    assert hidden_imports(tmp_path) == ["data_prep/shards.py:2 hides an import of data_prep.pack"]
 
 
 def test_a_room_without_a_floor_is_told_where_to_go() -> None:
