@@ -60,11 +60,14 @@ def encode_block(block: Block) -> Encoded:
     """
     tokenizer = _tokenizer(block.tokenizer)
     bos, eos = _marks(tokenizer.info)
+    lines = list(_lines(block))
+    input_bytes = sum(map(len, lines))
+    documents = [_parse(lines.pop(), block.path) for _ in range(len(lines))][
+        ::-1
+    ]  # the lines go as they are read
     pieces: list[np.ndarray] = [np.empty(0, bos.dtype)]
-    input_bytes = 0
-    for line in _lines(block):
-        pieces += [bos, _encode(tokenizer, _parse(line, block.path), block.path), eos]
-        input_bytes += len(line)
+    for ids in _encode(tokenizer, documents, block.path):
+        pieces += [bos, ids, eos]
     return Encoded(block, np.concatenate(pieces), input_bytes)
 
 
@@ -113,9 +116,16 @@ def _parse(line: bytes, path: Path) -> dict[str, Any]:
     return document
 
 
-def _encode(tokenizer: Tokenizer, document: dict[str, Any], path: Path) -> np.ndarray:
+def _encode(tokenizer: Tokenizer, documents: list[dict[str, Any]], path: Path) -> list[np.ndarray]:
+    for document in documents:
+        if not document["text"].isascii():
+            _check_unicode(document, path)
+    return tokenizer.encode_batch([document["text"] for document in documents])
+
+
+def _check_unicode(document: dict[str, Any], path: Path) -> None:
     try:
-        return tokenizer.encode(document["text"])
+        document["text"].encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{path}: document {document['id']!r} is not Unicode text ({error}); {_ADVICE}"
