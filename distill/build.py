@@ -37,6 +37,7 @@ class Run:
     micro: int
     schedule: Schedule | None
     teacher: Teacher | None
+    trajectory: Manifest | None  # that teaches
     manifest: Manifest | None  # of the trajectory that this run leaves
 
     @property
@@ -59,10 +60,10 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     quiet_transformers()
     samples = Samples(config.data, "train", config.seed, shuffle=True)
     micro, accumulation = layout(config, world)
-    schedule, teacher = None, None
+    schedule, teacher, trajectory = None, None, None
     if config.teacher.trajectory:
         trajectory = load_manifest(Path(config.teacher.trajectory))
-        schedule = read_schedule(folder) or first_schedule(config, trajectory)
+        schedule = read_schedule(folder, trajectory) or first_schedule(config, trajectory)
         teacher = Teacher(trajectory, config, samples.tokenizer, samples.sequence_length, world.device)
         if world.is_main:
             log.info("teacher schedule\n%s", schedule.table())
@@ -73,8 +74,9 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     manifest = (
         own_trajectory(folder, model.config, samples.tokenizer) if config.save.trajectory_every else None
     )
+    validation = validation_samples(config)
     return Run(
-        config, world, folder, samples, validation_samples(config), engine, micro, schedule, teacher, manifest
+        config, world, folder, samples, validation, engine, micro, schedule, teacher, trajectory, manifest
     )
 
 

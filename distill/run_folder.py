@@ -18,8 +18,10 @@ from data_prep.files import remove_temporary_files
 from distill.config import Config, fields_of, to_yaml
 from distill.files import write_text
 from distill.schedule import Schedule, schedule_from_json
+from distill.trajectory.manifest import Manifest
 
 CONFIG, SCHEDULE, RESULT, LOCK = "config.yaml", "schedule.json", "result.json", "run.lock"
+WEIGHTS = "weights"  # in schedule.json, beside the schedule
 
 # Settings of layout, speed and logging, which may change when a run goes on; all others decide what is
 # learned.
@@ -68,20 +70,46 @@ def claim(config: Config, is_main: bool) -> Iterator[Path]:
         yield folder
 
 
-def store_settings(folder: Path, config: Config, schedule: Schedule | None) -> None:
-    """Bind the folder to what decides the run, once all of it is known to fit together:
+def store_settings(
+    folder: Path, config: Config, schedule: Schedule | None, trajectory: Manifest | None
+) -> None:
+    """Bind the folder to what decides the run: its config, its schedule and the weights that teach.
 
-    until then any setting may be mended.
+    Call it once all of that is known to fit together; until then any setting may be mended.
     """
     write_text(folder / CONFIG, to_yaml(config))
-    if schedule:
-        write_text(folder / SCHEDULE, schedule.to_json())
+    if schedule and trajectory:
+        content = {**json.loads(schedule.to_json()), WEIGHTS: _weights(schedule, trajectory)}
+        write_text(folder / SCHEDULE, json.dumps(content, indent=1))
 
 
-def read_schedule(folder: Path) -> Schedule | None:
-    """The schedule this run was started with, or None if it wasn't."""
-    started = (folder / CONFIG).exists() and (folder / SCHEDULE).exists()
-    return schedule_from_json((folder / SCHEDULE).read_text(encoding="utf-8")) if started else None
+def read_schedule(folder: Path, trajectory: Manifest) -> Schedule | None:
+    """The schedule this run was started with, or None if it wasn't.
+
+    Raises:
+        RunFolderError: `trajectory` lacks a checkpoint of that schedule, or has other weights in it.
+    """
+    if not ((folder / CONFIG).exists() and (folder / SCHEDULE).exists()):
+        return None
+    content = json.loads((folder / SCHEDULE).read_text(encoding="utf-8"))
+    stored = content.pop(WEIGHTS, {})
+    schedule = schedule_from_json(json.dumps(content))
+    now = _weights(schedule, trajectory)
+    for step, weights in stored.items():
+        if now.get(step) != weights:
+            found = "has other weights there" if step in now else "lacks it"
+            raise RunFolderError(
+                f"{folder} was started with a teacher step {step} of sha256 {weights[0][:12]}, and {trajectory.root} "
+                f"{found}: go back to that trajectory or choose another run_dir"
+            )
+    return schedule
+
+
+def _weights(schedule: Schedule, trajectory: Manifest) -> dict[str, list[str]]:
+    """sha256 of the weight files of each checkpoint that teaches, by teacher step (text, as JSON keys are)."""
+    known = trajectory.checkpoints
+    steps = sorted({stage.checkpoint for stage in schedule.stages})
+    return {str(step): list(known[step].weights) for step in steps if step in known}
 
 
 def _lock(lock: Any, folder: Path) -> None:

@@ -52,7 +52,7 @@ def train(config: Config) -> dict[str, Any]:
             state.consumed
         )  # a bad teacher binds the folder to nothing
         if world.is_main:
-            store_settings(folder, config, run.schedule)
+            store_settings(folder, config, run.schedule, run.trajectory)
         rows = Log(folder, state.step, config.steps, world.is_main)
         batches = train_batches(
             run.samples, state.consumed, config.batch_size, run.micro, world.rank, world.size

@@ -27,6 +27,7 @@ from tiny import (
 
 from data_prep.shards import write_shards
 from distill.run_folder import MAY_CHANGE, RunFolderError, claim, read_result, store_settings, write_result
+from distill.trajectory.manifest import index_folder
 
 
 def test_second_run_into_the_same_folder_is_refused_while_the_first_is_under_way(
@@ -56,7 +57,7 @@ def test_folder_is_free_after_a_run_that_failed(tmp_path: Path) -> None:
 def test_folder_is_bound_by_stored_settings_and_each_difference_is_named(tmp_path: Path) -> None:
     run = config(Path("shards"), tmp_path / "run")
     with claim(run, True) as folder:
-        store_settings(folder, run, None)
+        store_settings(folder, run, None, None)
     other = config(
         Path("shards"), tmp_path / "run", optim__lr=1.0, seed=9, model__overrides={"hidden_size": 8}
     )
@@ -70,7 +71,7 @@ def test_folder_is_bound_by_stored_settings_and_each_difference_is_named(tmp_pat
 
 def test_layout_speed_and_logging_may_change(tmp_path: Path) -> None:
     with claim(config(Path("shards"), tmp_path / "run"), True) as folder:
-        store_settings(folder, config(Path("shards"), tmp_path / "run"), None)
+        store_settings(folder, config(Path("shards"), tmp_path / "run"), None, None)
     changes: dict[str, Any] = {"micro_batch_size": 2, "data__num_workers": 1, "objective__chunk_rows": 7}
     changes |= {"objective__kernel": "reference", "save__every": 1, "save__keep": 9, "log__every": 1}
     changes |= {"log__eval_every": 1}
@@ -88,7 +89,7 @@ def test_layout_speed_and_logging_may_change(tmp_path: Path) -> None:
 def test_key_that_is_newer_than_the_stored_config_does_not_lock_a_run_out(tmp_path: Path) -> None:
     run = config(Path("shards"), tmp_path / "run")
     with claim(run, True) as folder:
-        store_settings(folder, run, None)
+        store_settings(folder, run, None, None)
     stored = yaml.safe_load((folder / "config.yaml").read_text())
     del stored["optim"]["eps"]
     (folder / "config.yaml").write_text(yaml.safe_dump(stored))
@@ -138,6 +139,33 @@ def test_other_samples_under_the_same_settings_are_refused(shards: Path, tmp_pat
     assert "was trained on other samples than data.shards holds now" in ended.output
     moved = shutil.copytree(shards, tmp_path / "moved")
     distill(["train", *settings(Path(moved), tmp_path / "run")], tmp_path).ok()
+
+
+def test_teacher_of_the_same_steps_but_other_weights_is_refused_by_a_run_that_goes_on(
+    shards: Path, teacher_run: Path, tmp_path: Path
+) -> None:
+    changes = {"steps": 4, "seed": 2, "save__trajectory_every": 8, "save__trajectory_first": 2}
+    distill(["train", *settings(shards, tmp_path / "other", **changes)], tmp_path).ok()
+
+    def student(trajectory: Path) -> list[str]:
+        taught = {"teacher__trajectory": str(trajectory), "schedule__kind": "explicit"}
+        return ["train", *settings(shards, tmp_path / "run", **taught, schedule__stages=[[0, 2], [9, 4]])]
+
+    good = shutil.copytree(teacher_run / "trajectory", tmp_path / "trajectory")
+    stop = Kill("distill.engine:Engine.step", 7)
+    assert distill(student(good), tmp_path, stop).code == -9
+    ended = distill(student(tmp_path / "other" / "trajectory"), tmp_path)
+    assert ended.code == 2
+    assert "was started with a teacher step 2 of sha256" in ended.output
+    assert "other/trajectory has other weights there: go back to that trajectory" in ended.output
+    shutil.move(good / "step_00000004", tmp_path / "later")
+    index_folder(good)
+    ended = distill(student(good), tmp_path)
+    assert ended.code == 2
+    assert "teacher step 4 of sha256" in ended.output and "lacks it" in ended.output
+    shutil.move(tmp_path / "later", good / "step_00000004")
+    index_folder(good)
+    distill(student(good), tmp_path).ok()
 
 
 # ------------------------------------------------------------------------------------------------ the disk

@@ -33,6 +33,11 @@ class Checkpoint:
     tokens: int | None = None
     validation_loss: float | None = None
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """sha256 of the weight files, in the order of their names."""
+        return tuple(sha for name, (_, sha) in sorted(self.files.items()) if name.endswith(".safetensors"))
+
 
 @dataclass
 class Manifest:
@@ -97,10 +102,7 @@ def load_manifest(folder: Path) -> Manifest:
 def _refuse_duplicates(manifest: Manifest) -> None:
     seen: dict[tuple[str, ...], int] = {}
     for step, checkpoint in manifest.checkpoints.items():
-        weights = tuple(
-            sha for name, (_, sha) in sorted(checkpoint.files.items()) if name.endswith(".safetensors")
-        )
-        if weights in seen:
+        if (weights := checkpoint.weights) in seen:
             raise BadTrajectory(
                 f"{manifest.root}: steps {seen[weights]} and {step} hold identical weights; one of them is mislabelled. "
                 f"Remove the wrong folder and run `distill trajectory index` again"
