@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distill.config import help_text
 from distill.config_reader import load_config
-from distill.signals import catch_stop_signals
+from distill.signals import Stopped, catch_stop_signals
 
 TRAIN_HELP = """keys (defaults < YAML files < key=value):
 {keys}
@@ -28,9 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="distill", description="Pre-train a small language model from a teacher's trajectory."
     )
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher passes it; the environment says it too
+    # The deepspeed launcher passes it; the environment says it too.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True)
     raw = argparse.RawDescriptionHelpFormatter
 
@@ -91,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         report(evaluate_folder(arguments.model, load_config([], ["run_dir=.", *arguments.settings])))
     elif arguments.command == "trajectory":
-        from distill.trajectory.manifest import index_folder
+        from distill.trajectory.index import index_folder
 
         manifest = index_folder(arguments.folder)
         print(
@@ -112,17 +111,13 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         run(arguments)
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # all that a user can mend has a sentence; faults of a disk name the file
+    except Stopped as stopped:
+        print(f"distill: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal_number
+    # All that a user can mend has a sentence; faults of a disk name the file.
+    except (ValueError, OSError) as error:
         print(f"distill: {error}", file=sys.stderr)
         return 2
-    except Exception as error:
-        if type(error).__name__ != "Stopped":  # distill.train is not imported for the other commands
-            raise
-        print(f"distill: {error}", file=sys.stderr)
-        return 128 + int(getattr(error, "signal_number", 0))
     return 0
 
 

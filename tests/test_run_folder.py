@@ -27,7 +27,7 @@ from tiny import (
 
 from data_prep.shards import write_shards
 from distill.run_folder import MAY_CHANGE, RunFolderError, claim, read_result, store_settings, write_result
-from distill.trajectory.manifest import index_folder
+from distill.trajectory.index import index_folder
 
 
 def test_second_run_into_the_same_folder_is_refused_while_the_first_is_under_way(

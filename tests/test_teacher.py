@@ -19,7 +19,7 @@ from distill.kernels import divergence
 from distill.models import Inputs, Rows, build_model, counted_rows, load_model
 from distill.teacher import Teacher
 from distill.train import train
-from distill.trajectory.manifest import index_folder
+from distill.trajectory.index import index_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of DeepSpeed and torch, about each other
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from data_prep.files import sha256_of
 from distill.files import write_text
-from distill.trajectory.families import find_checkpoints
 
 SCHEMA = 1
 NAME = "manifest.json"
@@ -80,6 +79,13 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         BadTrajectory: no or unreadable manifest, another schema, or the same weights under two steps.
     """
+    manifest = read_manifest(folder)
+    refuse_duplicates(manifest)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """`folder`/manifest.json as it stands. Raises BadTrajectory as `load_manifest`, but not for double weights."""
     path = folder / NAME
     if not path.exists():
         raise BadTrajectory(
@@ -90,16 +96,15 @@ def load_manifest(folder: Path) -> Manifest:
         if content.pop("schema") != SCHEMA:
             raise BadTrajectory(f"{path} has another schema than {SCHEMA}: index the trajectory again")
         checkpoints = {c["step"]: Checkpoint(**c) for c in content.pop("checkpoints")}
-        manifest = Manifest(root=folder, **content, checkpoints=checkpoints)
+        return Manifest(root=folder, **content, checkpoints=checkpoints)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise BadTrajectory(
             f"{path} is no manifest ({error!r}): run `distill trajectory index {folder}` again"
         ) from error
-    _refuse_duplicates(manifest)
-    return manifest
 
 
-def _refuse_duplicates(manifest: Manifest) -> None:
+def refuse_duplicates(manifest: Manifest) -> None:
+    """Raises BadTrajectory where two steps hold the same weights: one of them is mislabelled."""
     seen: dict[tuple[str, ...], int] = {}
     for step, checkpoint in manifest.checkpoints.items():
         if (weights := checkpoint.weights) in seen:
@@ -147,27 +152,3 @@ def describe(
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise BadTrajectory(f"{folder} needs config.json and *.safetensors, got {sorted(files)}")
     return Checkpoint(step, str(folder.relative_to(root)), files, tokens, loss)
-
-
-def index_folder(folder: Path) -> Manifest:
-    """Write the manifest of a folder of Hugging Face checkpoints, one sub-folder a step (names: see
-    families.py).
-
-    Raises:
-        BadTrajectory, ValueError: nothing recognised, mixed architectures or vocabularies, identical weights.
-    """
-    family, found = find_checkpoints(folder)
-    checkpoints = {step: describe(folder, step, path) for step, path in sorted(found.items())}
-    configs = {
-        step: json.loads((path / "config.json").read_text(encoding="utf-8")) for step, path in found.items()
-    }
-    kinds = {(c.get("model_type", "?"), c.get("vocab_size", 0)) for c in configs.values()}
-    if len(kinds) != 1:
-        raise BadTrajectory(
-            f"{folder}: the checkpoints are of several kinds (architecture, vocabulary): {sorted(kinds)}"
-        )
-    architecture, vocab_size = kinds.pop()
-    manifest = Manifest(folder, family, architecture, vocab_size, complete=True, checkpoints=checkpoints)
-    _refuse_duplicates(manifest)
-    manifest.write()
-    return manifest
