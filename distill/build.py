@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from data_prep.shards import TokenizerInfo
-from distill.config import Config
+from distill.config import Config, ScheduleConfig
 from distill.data import Samples
 from distill.distributed import World
 from distill.engine import Engine
@@ -87,15 +87,22 @@ def first_schedule(config: Config, trajectory: Manifest) -> Schedule:
         BadTrajectory: the teacher's own run has not ended, and the schedule would take its newest checkpoint
             for the final one.
     """
-    if not trajectory.complete and not (config.schedule.checkpoints or config.schedule.stages):
+    if not trajectory.complete and not names_its_teachers(config.schedule):
         raise BadTrajectory(
             f"{trajectory.root}: the teacher's run has not ended, its newest checkpoint is "
-            f"step {max(trajectory.checkpoints, default=0)}: let it end, or "
-            "name the teacher steps in schedule.checkpoints or schedule.stages"
+            f"step {max(trajectory.checkpoints, default=0)}: let it end, or name every teacher step that "
+            "schedule.kind needs in schedule.checkpoints (two_shot: both; explicit: in schedule.stages)"
         )
     return make_schedule(
         config.schedule, list(trajectory.checkpoints), trajectory.losses, config.steps, config.batch_size
     )
+
+
+def names_its_teachers(schedule: ScheduleConfig) -> bool:
+    """Whether the config alone decides which teacher steps teach, so that a longer trajectory changes nothing."""
+    if schedule.kind == "explicit":
+        return bool(schedule.stages)
+    return len(schedule.checkpoints) >= (2 if schedule.kind == "two_shot" else 1)
 
 
 def layout(config: Config, world: World) -> tuple[int, int]:

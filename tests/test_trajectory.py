@@ -11,10 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import LENGTH, SIZES, VOCABULARY, Kill, distill, rows, settings
+from tiny import LENGTH, SIZES, VOCABULARY, Kill, distill, rows, settings, write_tokenizer
 
+from data_prep.__main__ import main as data_prep_main
+from data_prep.encoding import load_tokenizer
+from data_prep.files import sha256_of
+from data_prep.tokenizer_train import train_model
+from distill.build import first_schedule
+from distill.config import Config, ScheduleConfig
 from distill.trajectory.families import find_checkpoints
-from distill.trajectory.manifest import BadTrajectory, index_folder, load_manifest
+from distill.trajectory.index import index_folder, tokenizer_identity
+from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, load_manifest
 
 # ------------------------------------------------------------------------------------------------ names
 
@@ -109,6 +116,77 @@ def test_indexing_a_folder_finds_what_the_run_wrote(trajectory: Path) -> None:
         s: c.files for s, c in before.checkpoints.items()
     }
     assert load_manifest(trajectory) == after
+
+
+def test_indexing_again_keeps_what_only_the_run_knew_of_unchanged_checkpoints(trajectory: Path) -> None:
+    edit(trajectory, lambda c: c.update(complete=False))
+    before = load_manifest(trajectory)
+    (trajectory / "step_00000024").rename(trajectory / "step_00000032")
+    rewrite(trajectory, 16, lambda w: first_of(w, 0.5))
+    after = load_manifest(trajectory)
+    assert (after.tokenizer_sha256, after.complete) == (before.tokenizer_sha256, False)
+    assert {s: after.checkpoints[s] for s in (2, 4, 8)} == {s: before.checkpoints[s] for s in (2, 4, 8)}
+    changed = [after.checkpoints[s] for s in (16, 32)]
+    assert [(c.tokens, c.validation_loss) for c in changed] == [(None, None)] * 2
+
+
+def test_broken_manifest_is_made_anew_and_the_loss_is_said(
+    trajectory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (trajectory / "manifest.json").write_text("{")
+    assert index_folder(trajectory).complete
+    assert "is no manifest" in caplog.text
+    assert "what it told of tokens and validation losses is lost" in caplog.text
+
+
+def test_mislabelled_checkpoint_that_was_removed_leaves_the_others_known(trajectory: Path) -> None:
+    losses = load_manifest(trajectory).losses
+    double = {"step": 32, "folder": "step_00000032"}
+    edit(trajectory, lambda c: c["checkpoints"].append({**c["checkpoints"][-1], **double}))
+    with pytest.raises(BadTrajectory, match="steps 24 and 32 hold identical weights"):
+        load_manifest(trajectory)
+    assert index_folder(trajectory).losses == losses
+
+
+# ------------------------------------------------------------------------------------------------ tokenizers
+
+
+@pytest.mark.parametrize("source", ["sentencepiece", "sentencepiece file", "huggingface", "both files"])
+def test_identity_of_a_checkpoints_tokenizer_is_the_one_of_shards_made_with_it(
+    source: str, shards: Path, tmp_path: Path
+) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    if source == "huggingface":
+        write_tokenizer(given)
+    else:
+        (given / "tokenizer.model").write_bytes(train_model([b"the quick brown fox jumps " * 50], 290, "bpe"))
+    if source != "sentencepiece file" and source != "huggingface":
+        run_tokenizer(["--from", str(given / "tokenizer.model"), "--out", str(tmp_path / "ours")])
+        shutil.rmtree(given)
+        shutil.copytree(tmp_path / "ours", given)
+    if source == "both files":  # as a Llama has them
+        (given / "tokenizer_info.json").unlink()
+    run_tokenizer(["--from", str(given), "--out", str(tmp_path / "tokenizer")])
+    assert tokenizer_identity(given) == load_tokenizer(tmp_path / "tokenizer").info.sha256
+
+
+def run_tokenizer(arguments: list[str]) -> None:
+    assert data_prep_main(["tokenizer", *arguments]) == 0
+
+
+def test_tokenizer_of_a_folder_without_manifest_is_found_and_another_one_refused(trajectory: Path) -> None:
+    (trajectory / "manifest.json").unlink()
+    sha = index_folder(trajectory).tokenizer_sha256
+    assert sha == sha256_of(trajectory / "step_00000002" / "tokenizer.json")
+    path = trajectory / "step_00000008" / "tokenizer.json"
+    path.write_text(path.read_text().replace("w77", "w77x"))
+    with pytest.raises(BadTrajectory, match=rf"several tokenizers \({sha[:12]} at step 24, .* at step 8\)"):
+        index_folder(trajectory)
+    for step in (2, 4, 8, 16, 24):
+        (trajectory / f"step_{step:08d}" / "tokenizer.json").unlink()
+    (trajectory / "manifest.json").unlink()
+    assert index_folder(trajectory).tokenizer_sha256 is None
 
 
 @pytest.mark.parametrize(
@@ -263,7 +341,7 @@ def hide_vocabulary(trajectory: Path) -> None:
         shutil.rmtree(trajectory / f"step_{step:08d}")
     model.save_pretrained(folder)
     index_folder(trajectory)
-    edit(trajectory, lambda c: c.update(vocab_size=128))
+    edit(trajectory, lambda c: c.update(vocab_size=128, tokenizer_sha256=None))
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers, in making one of them
@@ -281,6 +359,40 @@ def test_student_of_a_bad_trajectory_is_refused_before_it_binds_its_folder(
     assert "Traceback" not in ended.output
     left = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*")}
     assert left <= {"run.lock"}
+
+
+EARLY = {"checkpoints": [4]}
+STAGES = {"stages": [[0, 4]]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "is_named"),
+    [
+        ("one_shot", {}, False),
+        ("one_shot", STAGES, False),
+        ("one_shot", EARLY, True),
+        ("two_shot", EARLY, False),
+        ("two_shot", {"checkpoints": [4, 16]}, True),
+        ("equal", STAGES, False),
+        ("equal", {"checkpoints": [4, 16]}, True),
+        ("n_t", {"stage_steps": 2}, False),
+        ("n_t", {"stage_steps": 2, **EARLY}, True),
+        ("speed", STAGES, False),
+        ("speed", EARLY, True),
+        ("explicit", STAGES, True),
+    ],
+)
+def test_run_that_has_not_ended_teaches_only_where_every_teacher_step_is_named(
+    kind: str, changes: dict[str, Any], is_named: bool
+) -> None:
+    some = {step: Checkpoint(step, f"step_{step}", {}, None, 5.0 - step / 8) for step in (2, 4, 8, 16, 24)}
+    trajectory = Manifest(Path("teacher"), "distill", "bert", VOCABULARY, checkpoints=some)
+    student = Config(steps=12, schedule=ScheduleConfig(kind=kind, **changes))
+    if is_named:
+        assert first_schedule(student, trajectory).stages
+    else:
+        with pytest.raises(BadTrajectory, match="has not ended, its newest checkpoint is step 24"):
+            first_schedule(student, trajectory)
 
 
 def test_bad_checkpoint_of_a_later_stage_stops_the_run_with_its_state_saved(
