@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.etexts import NotText, decode, gutenberg_parts, unwrapped
+from data_prep.files import sole_writer
 from data_prep.lines import file_lines
 from data_prep.parallel import default_workers
 from data_prep.parts import Batch, Document, Stage, convert, describe_inputs, encode_document, summary
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
         ),
     )
     total_bytes = sum(path.stat().st_size for path, _ in files)
-    print(summary(convert(stage, tasks(files, args.text_column), extract, args.workers, total_bytes)))
+    with sole_writer(args.out):
+        print(summary(convert(stage, tasks(files, args.text_column), extract, args.workers, total_bytes)))
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.files import sha256_of, whole_file
+from data_prep.files import sha256_of, sole_writer, whole_file
 from data_prep.near_duplicates import Repeats, make_keys, save_keys, text_hash
 from data_prep.parallel import default_workers, ordered_map
 from data_prep.parts import (
@@ -133,7 +133,8 @@ def run(args: argparse.Namespace) -> int:
         command=" ".join(["python -m data_prep documents", *(folder.name for folder in args.folders)]),
         outputs=OUTPUTS,
     )
-    index = open_folder(stage) or _work(stage, args.folders, rules, args.workers)
+    with sole_writer(args.out):
+        index = open_folder(stage) or _work(stage, args.folders, rules, args.workers)
     print(summary(index))
     return 0
 

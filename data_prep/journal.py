@@ -1,9 +1,7 @@
 """What a shards run has finished: one line a shard, so that a killed run goes on where it was."""
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -11,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from data_prep.files import whole_file
+from data_prep.files import sole_writer, strangers, whole_file
 from data_prep.shards import INDEX_NAME, Shard, ShardIndex, shard_from_json
 
 JOURNAL_NAME = ".progress.jsonl"
@@ -42,7 +40,7 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         with ExitStack() as stack:
-            stack.callback(os.close, _locked(self.out))
+            stack.enter_context(sole_writer(self.out))
             self._read()
             if not self.is_finished:
                 self._rewrite()
@@ -97,10 +95,9 @@ class Journal:
                 )
 
     def _refuse_strangers(self) -> None:
-        strangers = sorted(path.name for path in self.out.iterdir())
-        if strangers:
+        if names := strangers(self.out):
             raise ValueError(
-                f"{self.out} is not empty (it holds {strangers[0]!r}); give an empty folder to --out"
+                f"{self.out} is not empty (it holds {names[0]!r}); give an empty folder to --out"
             )
 
     def _rewrite(self) -> None:
@@ -108,19 +105,6 @@ class Journal:
             file.write(_line(self.settings))
             for shards in self.shards.values():
                 file.writelines(_line(asdict(shard)) for shard in shards)
-
-
-def _locked(out: Path) -> int:
-    """Descriptor that keeps other runs out of a folder until it is closed, also by a kill."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(
-            f"another run is writing to {out}; wait for it, or give another folder to --out"
-        ) from None
-    return descriptor
 
 
 def _line(values: dict[str, Any]) -> bytes:

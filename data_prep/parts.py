@@ -19,6 +19,7 @@ from data_prep.files import (
     read_json,
     remove_temporary_files,
     sha256_of,
+    strangers,
     whole_file,
     write_json,
 )
@@ -167,9 +168,8 @@ def open_folder(stage: Stage) -> dict[str, Any] | None:
                 part_paths(stage.out)
                 return dict(found)
             return None
-    strangers = sorted(path.name for path in stage.out.iterdir())
-    if strangers:
-        raise ValueError(f"{stage.out} is not empty (it holds {strangers[0]!r}); give an empty --out")
+    if names := strangers(stage.out):
+        raise ValueError(f"{stage.out} is not empty (it holds {names[0]!r}); give an empty --out")
     write_json(stage.out / PROGRESS_NAME, stage.header() | _nothing_yet(stage))
     return None
 
@@ -220,10 +220,12 @@ def convert(
 
 
 def forget_if_empty(out: Path) -> None:
-    """Bad input that gave nothing leaves no trace, so that the mended input may use the same folder."""
-    if list(out.iterdir()) == [out / PROGRESS_NAME]:
+    """Bad input that gave nothing leaves no trace, so that the mended input may use the same folder.
+
+    The folder itself goes with the lock on it (`files.sole_writer`).
+    """
+    if strangers(out) == [PROGRESS_NAME]:
         (out / PROGRESS_NAME).unlink()
-        out.rmdir()
 
 
 class _Work:

@@ -23,7 +23,7 @@ from data_prep.encoding import (
     load_tokenizer,
     open_tokenizer,
 )
-from data_prep.files import read_json, remove_temporary_files, sha256_of, whole_file, write_json
+from data_prep.files import read_json, remove_temporary_files, sha256_of, sole_writer, whole_file, write_json
 from data_prep.parts import load_index
 from data_prep.shards import TokenizerInfo
 from data_prep.tokenizer_files import (
@@ -95,19 +95,21 @@ def run(args: argparse.Namespace) -> int:
     """Train or take the tokenizer; ValueError says what is wrong with the arguments or the input."""
     out = Path(args.out)
     settings = _settings(args)
-    if _is_finished(out, settings):
-        print(f"tokenizer: {out} is complete", file=sys.stderr)
-        return 0
-    if args.given:
-        made = _from_given(Path(args.given), args.pad_token)
-    else:
-        sample = sample_documents(
-            [Path(folder) for folder in args.documents], int(args.sample_megabytes * 1e6)
-        )
-        made = _from_sentencepiece(train_model(sample, args.vocab_size, args.model), MODEL_NAME, None)
-    _write(out, made, settings)
+    with sole_writer(out):
+        if _is_finished(out, settings):
+            print(f"tokenizer: {out} is complete", file=sys.stderr)
+            return 0
+        made = _made(args)
+        _write(out, made, settings)
     print(f"tokenizer: {made.info.vocab_size} pieces, sha256 {made.info.sha256} in {out}", file=sys.stderr)
     return 0
+
+
+def _made(args: argparse.Namespace) -> "_Made":
+    if args.given:
+        return _from_given(Path(args.given), args.pad_token)
+    sample = sample_documents([Path(folder) for folder in args.documents], int(args.sample_megabytes * 1e6))
+    return _from_sentencepiece(train_model(sample, args.vocab_size, args.model), MODEL_NAME, None)
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,6 @@ def _pad_token_id(pad_token: str | None, vocabulary: dict[str, int]) -> int | No
 
 
 def _write(out: Path, made: _Made, settings: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     remove_temporary_files(out)
     for name, content in made.files.items():
         with whole_file(out / name) as file:

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 from mwparserfromhell.parser import ParserError
 
 from data_prep.dumps import Block, Site, block_pages, blocks
+from data_prep.files import sole_writer
 from data_prep.parallel import default_workers
 from data_prep.parts import Batch, Document, Stage, convert, describe_inputs, encode_document, summary
 from data_prep.wikitext import TooComplex, is_disambiguation, plain_text
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     total_bytes = sum(path.stat().st_size for path in args.dumps)
     extract = partial(extract_block, templates=tuple(args.disambiguation_template))
     tasks = chain.from_iterable(map(blocks, args.dumps))
-    print(summary(convert(stage, tasks, extract, args.workers, total_bytes)))
+    with sole_writer(args.out):
+        print(summary(convert(stage, tasks, extract, args.workers, total_bytes)))
     return 0
 
 

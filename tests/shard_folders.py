@@ -1,7 +1,10 @@
 """Documents, tokenizers and shards in small, as the stages make them, for the tests of several stages."""
 
 import pydoc_data.topics
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +43,25 @@ def make_shards(documents: Path, tokenizer: Path, out: Path, *more: str) -> int:
     """The shards stage with small shards, in this process unless told otherwise."""
     small = ["--shard-megabytes", "1", "--workers", "1"]
     return main(["shards", str(documents), "--tokenizer", str(tokenizer), "--out", str(out), *small, *more])
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from data_prep.files import sole_writer
+with sole_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def held(folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Another process that writes to `folder`, until it is killed with -9 or, at the latest, the block ends."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            process.kill()

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from corpora import ROOT, STAGE, contents, dump, page, run_stage
 
 from data_prep.__main__ import STAGES, main
+from tests.shard_folders import TOPICS, held, write_documents
 
 
 def test_help_lists_every_stage_and_imports_none() -> None:
@@ -56,6 +58,40 @@ def test_workers_must_be_positive(tmp_path: Path, capsys: pytest.CaptureFixture[
     source.write_bytes(dump([page(1)]))
     assert main(["wikipedia", str(source), "--out", str(tmp_path / "out"), "--workers", "0"]) == 2
     assert "--workers must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["wikipedia", "books", "documents", "tokenizer"])
+def test_a_folder_that_another_run_writes_to_is_refused_until_that_is_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    (tmp_path / "a.xml").write_bytes(dump([page(1), page(2)]))
+    (tmp_path / "a.txt").write_text("One text.")
+    texts = write_documents(tmp_path / "texts", train=TOPICS[:60])
+    source = {"wikipedia": tmp_path / "a.xml", "books": tmp_path / "a.txt"}.get(stage, texts)
+    command = [stage, str(source), "--out", str(tmp_path / "out")]
+    command += ["--vocab-size", "500"] if stage == "tokenizer" else ["--workers", "1"]
+    with held(tmp_path / "out") as other:
+        assert main(command) == 2
+        assert f"another run is writing to {tmp_path / 'out'}" in capsys.readouterr().err
+        other.kill()
+        other.wait()
+        assert (tmp_path / "out" / ".lock").exists()
+        assert main(command) == 0
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_finished_folder_closed_to_writing_may_be_asked_for_again() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is closed to other users
+        source, out = Path(folder, "a.txt"), Path(folder, "out")
+        source.write_text("One text.")
+        command = ("books", source, "--workers", 1, "--out", out)
+        assert run_stage(*command).returncode == 0
+        for path in (out, Path(folder)):
+            path.chmod(0o555)
+        done = run_stage(*command, as_user=65534 if os.geteuid() == 0 else 0)
+        for path in (out, Path(folder)):
+            path.chmod(0o755)
+        assert done.returncode == 0, done.stderr
 
 
 def long_work(tmp_path: Path, workers: int) -> tuple[list[str], Path]:

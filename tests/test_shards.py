@@ -21,7 +21,7 @@ from data_prep.encoding import load_tokenizer
 from data_prep.files import sha256_of
 from data_prep.shards import CorruptShard, ShardIndex, ShardReader, TokenizerInfo, write_shards
 from data_prep.tar_records import RecordLayout, tar_records
-from tests.shard_folders import TOPICS, make_shards, train_tokenizer, write_documents
+from tests.shard_folders import TOPICS, held, make_shards, train_tokenizer, write_documents
 
 GOLDEN = "272899b76ec0fa3990556e8a6a33522b729daadc73b8e448238c724b44ba7267"
 INFO = TokenizerInfo("0" * 64, vocab_size=100, pad_id=0, unk_id=1, bos_id=2, eos_id=3, mask_id=4)
@@ -299,7 +299,7 @@ def test_a_folder_of_something_else_is_refused(
 
 
 def test_a_folder_in_use_is_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with journal.Journal(tmp_path, {}, pack.SPLITS):
+    with held(tmp_path):
         assert make_shards(made / "documents", made / "tokenizer", tmp_path) == 2
     assert "another run is writing" in capsys.readouterr().err
 
