@@ -15,9 +15,7 @@ from data_prep.parallel import default_workers
 from data_prep.parts import Batch, Document, Stage, convert, describe_inputs, encode_document, summary
 from data_prep.wikitext import TooComplex, is_disambiguation, plain_text
 
-RULES = (
-    1  # raise when the same dump would give other documents: unfinished folders of older rules are refused
-)
+RULES = 2  # raise when the same dump would give other documents: folders of older rules are refused
 EXAMPLE = """example:
   python -m data_prep wikipedia enwiki-20261101-pages-articles-multistream.xml.bz2 --out work/wikipedia
 
@@ -27,7 +25,17 @@ Interrupted, the same command goes on; the documents are the same bytes for any 
 """
 
 _NAMESPACE = re.compile(rb"<ns>\s*(-?\d+)\s*</ns>")
-_OLD_REDIRECT = re.compile(r"\s*#\s*\w+\s*:?\s*\[\[", re.IGNORECASE)
+# MediaWiki's magic word in the languages of the larger Wikipedias; newer exports say <redirect> besides
+REDIRECT_WORDS = (
+    "REDIRECT", "WEITERLEITUNG", "REDIRECTION", "REDIRECCIÓN", "REDIRECCIÓ", "REDIRECIONAMENTO", "RINVIA",
+    "RINVIO", "RIMANDO", "DOORVERWIJZING", "PATRZ", "PRZEKIERUJ", "TAM", "OMDIRIGERING", "OHJAUS",
+    "UUDELLEENOHJAUS", "ПЕРЕНАПРАВЛЕНИЕ", "ПЕРЕНАПР", "ПЕРЕНАПРАВЛЕННЯ", "ПЕРЕСПРЯМУВАННЯ", "ПРЕНАСОЧВАНЕ",
+    "ВИЖ", "ПРЕУСМЕРИ", "PREUSMJERI", "PREUSMERITEV", "PRESMERUJ", "PŘESMĚRUJ", "ÁTIRÁNYÍTÁS",
+    "REDIRECTEAZA", "SUUNA", "PERADRESAVIMAS", "BIRZUZENDU", "YÖNLENDİRME", "YÖNLENDİR", "ΑΝΑΚΑΤΕΥΘΥΝΣΗ",
+    "ALIH", "LENCONG", "ĐỔI", "הפניה", "تحويل", "تغییرمسیر", "تغییر_مسیر", "転送", "リダイレクト", "重定向",
+    "넘겨주기", "เปลี่ยนทาง", "अनुप्रेषित", "পুনর্নির্দেশ",
+)  # fmt: skip
+_OLD_REDIRECT = re.compile(rf"\s*#\s*(?:{'|'.join(REDIRECT_WORDS)})\s*:?\s*\[\[", re.IGNORECASE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

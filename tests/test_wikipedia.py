@@ -98,6 +98,10 @@ def test_markup_becomes_prose_with_headings_as_lines() -> None:
         ("== h ==\ntext\n== last ==", "h\n\ntext"),
         ("a\n\n\n\nb", "a\n\nb"),
         ("{|\n| x\n{{t|\n|}\n}}\n|}\nrest", "}}\n|}\nrest".replace("}}\n|}\n", "|}\n")),
+        (
+            "see [[:Category:Ships]], [[:fr:Ada]] or [[: File:a.jpg|a picture]]",
+            "see Category:Ships, fr:Ada or a picture",
+        ),
         ("", ""),
     ],
 )
@@ -182,6 +186,22 @@ def test_every_page_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
         "broken_xml": 1, "disambiguation": 1, "no_text": 2, "not_article": 1, "not_wikitext": 1,
         "redirect": 2, "too_complex": 1,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("markup", "is_redirect"),
+    [
+        ("#REDIRECT [[Page 1]]", True),
+        (" # weiterleitung: [[Page 1]]", True),
+        ("#перенаправление [[Page 1]]", True),
+        ("#転送[[Page 1]]", True),
+        ("# word [[Page 1]] and more\n# another", False),
+        ("#1 [[Page 1]]", False),
+    ],
+)
+def test_a_list_is_no_redirect(tmp_path: Path, markup: str, is_redirect: bool) -> None:
+    index = json.loads((convert(tmp_path, dump([page(1, markup)])) / "index.json").read_text())
+    assert index["counts"]["dropped"] == ({"redirect": 1} if is_redirect else {})
 
 
 def test_a_document_names_its_page(tmp_path: Path) -> None:
