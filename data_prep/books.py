@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from data_prep.lines import file_lines
 from data_prep.parallel import default_workers
 from data_prep.parts import Batch, Document, Stage, convert, describe_inputs, encode_document, summary
 
-RULES = 1  # raise when the same files would give other documents
+RULES = 2  # raise when the same files would give other documents
 BATCH_BYTES = 1 << 20
 MAX_TEXT_BYTES = 32 << 20  # of one .txt file, which is one document; the longest novels have 10 MB
 KINDS = (".txt", ".text", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_files(paths: Iterable[Path]) -> list[tuple[Path, str]]:
-    """(file, name in document ids) of all inputs, folders searched in sorted order.
+    """(file, name in document ids) of all inputs, folders searched in sorted order; no name comes twice.
 
     Raises ValueError for a path that does not exist, a file of unknown kind, or a folder without known files.
     """
@@ -101,7 +102,23 @@ def find_files(paths: Iterable[Path]) -> list[tuple[Path, str]]:
             raise ValueError(f"{path} is none of {', '.join(KINDS)}; convert it to one of them")
         else:
             found.append((path, path.name))
-    return found
+    return list(zip((path for path, _ in found), _distinct([name for _, name in found]), strict=True))
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """The names, where one comes again with a number behind it: `a.txt`, `a.txt (2)`."""
+    taken = set(names)
+    times: Counter[str] = Counter()
+    result = []
+    for name in names:
+        times[name] += 1
+        new = name
+        while times[name] > 1 and new in taken:
+            new = f"{name} ({times[name]})"
+            times[name] += new in taken
+        taken.add(new)
+        result.append(new)
+    return result
 
 
 def _kind(path: Path) -> str | None:

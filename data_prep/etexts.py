@@ -19,10 +19,10 @@ _START = re.compile(
     r"|^\*?\*?\*? ?These [Ee](?:texts|books) (?:are|were) prepared by [^\n]*volunteers[^\n]*$",
     re.MULTILINE | re.IGNORECASE,
 )
-_END = re.compile(
-    r"^\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG"
-    r"|^[ \t]*End of (?:the |this )?Project Gutenberg(?:'s|\u2019s)?\b",
-    re.MULTILINE | re.IGNORECASE,
+_END = re.compile(r"^\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG", re.MULTILINE | re.IGNORECASE)
+# what older files end with, and those of some years have just before the mark
+_OLD_END = re.compile(
+    r"^[ \t]*End of (?:the |this )?Project Gutenberg(?:'s|\u2019s)?\b", re.MULTILINE | re.IGNORECASE
 )
 _CREDIT = re.compile(
     r"\A\s*(?:Produced|E-?text prepared|Transcribed|This eBook was produced) by[^\n]*(?:\n[^\n]+)*"
@@ -87,14 +87,24 @@ def _detected(content: bytes) -> str:
 def gutenberg_parts(text: str) -> tuple[str, str, str] | None:
     """(number or "", title or "", text without licence) of a Project Gutenberg file; None for other files."""
     starts = list(_START.finditer(text[:60_000]))
-    end = _END.search(text, starts[-1].end() if starts else len(text) // 2)
-    if not starts and not end:
+    begin = starts[-1].end() if starts else 0
+    end = _end(text, begin if starts else len(text) // 2)
+    if not starts and end is None:
         return None
-    head = text[: starts[-1].end()] if starts else text[:2000]
+    head = text[:begin] if starts else text[:2000]
     number, title = _NUMBER.search(head), _TITLE.search(head)
-    body = text[starts[-1].end() if starts else 0 : end.start() if end else len(text)]
-    body = _CREDIT.sub("", body)
+    body = _CREDIT.sub("", text[begin:end])
     return number[1] if number else "", " ".join(title[1].split()) if title else "", body.strip("\n")
+
+
+def _end(text: str, begin: int) -> int | None:
+    """Where the licence behind a book begins: at the mark, or at the older line if no mark follows."""
+    mark = _END.search(text, begin)
+    old_lines = [line.start() for line in _OLD_END.finditer(text, begin, mark.start() if mark else len(text))]
+    if mark is None:
+        return old_lines[0] if old_lines else None
+    is_last = bool(old_lines) and "\n\n" not in text[old_lines[-1] : mark.start()].rstrip()
+    return old_lines[-1] if is_last else mark.start()
 
 
 def unwrapped(text: str) -> str:

@@ -94,6 +94,31 @@ def test_frames_of_all_ages_are_cut(head: str, foot: str) -> None:
     assert "START" not in parts[2] and "SMALL PRINT" not in parts[2]
 
 
+def test_a_sentence_about_the_end_of_project_gutenberg_stays_where_a_mark_follows() -> None:
+    story = "The story.\n\n" * 100
+    body = f"{story}End of Project Gutenberg, he read.\n\n{story}The end."
+    mark = "*** END OF THE PROJECT GUTENBERG EBOOK X ***"
+    for foot in (mark, f"End of the Project Gutenberg EBook of X,\nby Y\n\n\n{mark}"):
+        parts = gutenberg_parts(
+            f"*** START OF THE PROJECT GUTENBERG EBOOK X ***\n\n{body}\n\n{foot}\nlicence"
+        )
+        assert parts is not None and parts[2] == body
+
+
+def test_files_of_one_name_in_two_folders_have_ids_of_their_own(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "two", "three")]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "a.txt").write_text(prose(number))
+    (folders[0] / "a.txt (2)").mkdir()  # a name that is taken
+    (folders[0] / "a.txt (2)" / "b.txt").write_text(prose(9))
+    found, _ = convert(tmp_path, *folders)
+    assert [one["id"] for one in found] == [
+        "text:a.txt", "text:a.txt (2)/b.txt", "text:a.txt (2)", "text:a.txt (3)",
+    ]  # fmt: skip
+    assert books._distinct(["a", "a (2)", "a", "a", "b"]) == ["a", "a (2)", "a (3)", "a (4)", "b"]
+
+
 def test_a_book_about_gutenberg_is_no_gutenberg_file() -> None:
     assert gutenberg_parts("Project Gutenberg was founded in 1971.\n" * 50) is None
 
