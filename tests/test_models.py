@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,23 @@ def test_model_that_changes_its_logits_after_the_head_is_refused() -> None:
         check_split(net)
 
 
+def test_scale_that_is_left_out_is_seen_in_logits_of_any_size() -> None:
+    for size in (1e-4, 1.0, 1e4):
+        net = model("llama", tie_word_embeddings=False)
+        net.lm_head.weight.data *= size
+        check_split(net)
+        forward = net.forward
+
+        def scaled(*args: Any, forward: Any = forward, **keys: Any) -> Any:
+            output = forward(*args, **keys)
+            output.logits = 1.05 * output.logits
+            return output
+
+        net.forward = scaled
+        with pytest.raises(ValueError, match=r"the logits are not head\(trunk\(x\)\)"):
+            check_split(net)
+
+
 @pytest.mark.parametrize(
     ("task", "architecture", "overrides", "said"),
     [
@@ -217,6 +235,30 @@ def test_folder_that_is_no_model_of_the_task_is_refused(tmp_path: Path) -> None:
         ValueError, match="max_position_embeddings is 32, but the shards hold sequences of 33"
     ):
         load_model("mlm", tmp_path / "bert", torch.float32, LENGTH + 1)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_weights_of_other_sizes_than_the_config_says_are_named(tmp_path: Path) -> None:
+    model("bert").save_pretrained(tmp_path / "bert")
+    edit_config(tmp_path / "bert", intermediate_size=48)
+    with pytest.raises(ValueError) as caught:
+        load_model("mlm", tmp_path / "bert", torch.float32, LENGTH)
+    said = "bert.encoder.layer.0.intermediate.dense.bias is [64] in the weights and [48] by config.json"
+    assert f"{tmp_path / 'bert'}: {said} (6 weights differ so)" in str(caught.value)
+
+
+def test_folder_that_brings_its_own_code_is_refused_without_running_it(tmp_path: Path) -> None:
+    model("llama").save_pretrained(tmp_path / "llama")
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    edit_config(tmp_path / "llama", model_type="own", auto_map=names)
+    (tmp_path / "llama" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="llama can't be loaded as a clm model"):
+        load_model("clm", tmp_path / "llama", torch.float32, LENGTH)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 64, None])
