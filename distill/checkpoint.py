@@ -1,6 +1,6 @@
-"""Everything that decides the next step, saved as one unit; the trajectory a teacher run leaves;
+"""Everything that decides the next step, saved as one unit.
 
-export of a model.
+Also the trajectory that a teacher run leaves, and the export of a model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from distill.distributed import World, barrier
+from distill.distributed import World, barrier, from_main
 from distill.engine import Engine
 from distill.files import publish_folder, write_text, writing
 from distill.trajectory.manifest import Manifest, describe
@@ -38,16 +38,21 @@ class TrainState:
     window: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Where the run in `folder` keeps its resumable checkpoint after `step` steps."""
+    return folder / "checkpoints" / f"step_{step:08d}"
+
+
 def save(folder: Path, engine: Engine, state: TrainState, data: str, world: World, keep: int) -> None:
     """Save a resumable checkpoint of the run in `folder`, then drop all but the newest `keep`. Collective.
 
     data: fingerprint of the samples it was trained on.
     """
-    final = folder / "checkpoints" / f"step_{state.step:08d}"
+    final = checkpoint_folder(folder, state.step)
     if final.exists():
         return
     temporary = final.with_suffix(".tmp")
-    with writing(temporary):
+    with writing(temporary, removes=world.is_main):
         engine.save(temporary)
     barrier(world)
     if world.is_main:
@@ -57,9 +62,8 @@ def save(folder: Path, engine: Engine, state: TrainState, data: str, world: Worl
         )
         publish_folder(temporary, final)
         for old in saved_checkpoints(folder)[:-keep]:
-            shutil.rmtree(
-                old.rename(old.with_suffix(".tmp"))
-            )  # a name that resume clears away if this is cut off
+            # Under a name that resume clears away if this is cut off.
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
     barrier(world)
 
 
@@ -69,8 +73,9 @@ def saved_checkpoints(folder: Path) -> list[Path]:
 
 
 def resume(folder: Path, engine: Engine, data: str, world: World) -> TrainState:
-    """Bring `engine` to the newest checkpoint of the run and return where that stood; a fresh state if there
-    is none. Collective.
+    """Bring `engine` to the newest checkpoint of the run that rank 0 sees. Returns where that stood. Collective.
+
+    Without a checkpoint that is a fresh state.
 
     Raises:
         ValueError: the checkpoint was written by another number of ranks, or after training on other data.
@@ -79,21 +84,23 @@ def resume(folder: Path, engine: Engine, data: str, world: World) -> TrainState:
         for half_written in (folder / "checkpoints").glob("*.tmp"):
             log.warning("removing %s, which was cut off while it was written", half_written)
             shutil.rmtree(half_written)
-    barrier(world)
-    found = saved_checkpoints(folder)
-    if not found:
+    found = saved_checkpoints(folder) if world.is_main else []
+    # On a shared file system another rank may not see the newest yet: one chooses, or they would start apart.
+    step = from_main(int(found[-1].name.removeprefix("step_")) if found else 0, world)
+    if step == 0:
         return TrainState()
-    content = json.loads((found[-1] / STATE).read_text(encoding="utf-8"))
+    newest = checkpoint_folder(folder, step)
+    content = json.loads((newest / STATE).read_text(encoding="utf-8"))
     if (ranks := content.pop("world_size")) != world.size:
         raise ValueError(
-            f"{found[-1]} was written by {ranks} ranks, this run has {world.size}: start it with {ranks}"
+            f"{newest} was written by {ranks} ranks, this run has {world.size}: start it with {ranks}"
         )
     if content.pop("data") != data:
         raise ValueError(
-            f"{found[-1]} was trained on other samples than data.shards holds now: "
+            f"{newest} was trained on other samples than data.shards holds now: "
             "go back to those shards or choose another run_dir"
         )
-    engine.load(found[-1])
+    engine.load(newest)
     return TrainState(**content)
 
 
@@ -103,9 +110,9 @@ def resume(folder: Path, engine: Engine, data: str, world: World) -> TrainState:
 def save_to_trajectory(
     manifest: Manifest, model: PreTrainedModel, tokenizer: Path, state: TrainState, loss: float, world: World
 ) -> None:
-    """Add the model as it is now to the run's trajectory:
+    """Add the model as it is now to the run's trajectory. Collective.
 
-    a Hugging Face folder first, then its line in the manifest.
+    The Hugging Face folder comes first, then its line in the manifest.
     """
     if world.is_main:
         final = manifest.root / f"step_{state.step:08d}"
@@ -117,9 +124,9 @@ def save_to_trajectory(
 
 
 def export(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
-    """A folder that `AutoModel*.from_pretrained` and `AutoTokenizer.from_pretrained` open;
+    """Write a folder that `AutoModel*.from_pretrained` and `AutoTokenizer.from_pretrained` open.
 
-    it appears whole or not at all.
+    It appears whole or not at all.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     if temporary.exists():

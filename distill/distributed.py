@@ -28,8 +28,9 @@ class World:
 
 
 def ranks_from_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's or deepspeed's variables, else from an `srun` step, else
-    (0, 1, 0).
+    """(rank, world size, local rank) as the launcher says; (0, 1, 0) without one.
+
+    That is torchrun's or deepspeed's variables, else those of an `srun` step.
 
     Raises:
         ValueError: the launcher's world size and the SLURM step's number of tasks contradict each other.
@@ -60,12 +61,13 @@ def start() -> World:
         raise ValueError(
             f"{size} ranks need MASTER_ADDR and MASTER_PORT in the environment (slurm/train.sbatch sets them)"
         )
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank)
-    )  # deepspeed reads these
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank %= torch.cuda.device_count()  # SLURM may show each task its own GPU only, as number 0
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    # deepspeed reads these, the last one as the number of the GPU.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.HashStore() if size == 1 else None  # alone: no port that another run could hold
@@ -83,9 +85,9 @@ def sum_over_ranks(values: list[float], world: World) -> list[float]:
 
 
 def agree_on_stop(signal_number: int, world: World) -> int:
-    """The highest signal number any rank has received (0:
+    """The highest signal number that any rank has received, 0 if none has.
 
-    none), so that all ranks save and leave after the same step.
+    So all ranks save and leave after the same step.
     """
     if world.size == 1:
         return signal_number
@@ -94,13 +96,16 @@ def agree_on_stop(signal_number: int, world: World) -> int:
     return int(flag.item())
 
 
+def from_main(number: int, world: World) -> int:
+    """The `number` of rank 0, on every rank. Collective."""
+    if world.size == 1:
+        return number
+    shared = torch.tensor(number, device=world.device)
+    dist.broadcast(shared, src=0)
+    return int(shared.item())
+
+
 def barrier(world: World) -> None:
     """Wait for all ranks."""
     if world.size > 1:
         dist.barrier()
-
-
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -20,15 +20,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, removes: bool = True) -> Iterator[None]:
     """Around a library that writes into `folder`: what is half-written goes, and the fault is one OSError.
 
+    removes: False on the ranks that would take the folder from under one that still writes there.
     torch and safetensors raise errors of their own kinds when a disk is full, not all of which say so.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        if removes:
+            shutil.rmtree(folder, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free / 1e6
         raise OSError(
             f"{folder} can't be written: {error}; {free:,.1f} MB are free there. "

@@ -135,3 +135,20 @@ def test_fault_in_writing_a_folder_names_it_and_removes_it(error: Exception, tmp
         (folder / "file").touch()
         raise error
     assert not folder.exists()
+
+
+def test_fault_on_another_rank_leaves_the_folder_to_the_main_one(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="can't be written"), writing(tmp_path / "half", removes=False):
+        (tmp_path / "half").mkdir()
+        raise OSError(28, "No space left on device")
+    assert (tmp_path / "half").exists()
+
+
+def test_other_ranks_resume_from_the_checkpoint_that_rank_0_chose(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = build(shards, tmp_path / "run")
+    for step in (3, 5):
+        checkpoint.save(tmp_path / "run", run.engine, TrainState(step=step), "data", run.world, keep=2)
+    monkeypatch.setattr(checkpoint, "from_main", lambda step, world: 3)
+    assert resume(tmp_path / "run", run.engine, "data", run.world).step == 3

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from distill.distributed import World, agree_on_stop, barrier, ranks_from_environment, start, sum_over_ranks
+from distill.distributed import (
+    World,
+    agree_on_stop,
+    barrier,
+    from_main,
+    ranks_from_environment,
+    start,
+    sum_over_ranks,
+)
 
 STEP = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -49,8 +59,26 @@ def test_several_ranks_without_a_place_to_meet_are_refused(monkeypatch: pytest.M
         start()
 
 
+def test_task_that_sees_one_gpu_only_takes_it_whatever_its_local_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    variables = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    world = start()
+    assert (world.rank, world.local_rank, world.device) == (5, 1, torch.device("cuda", 1))
+    assert chosen == [world.device]
+    assert os.environ["LOCAL_RANK"] == "1"
+
+
 def test_alone_nothing_is_sent() -> None:
     assert sum_over_ranks([1.5, 2.0], ALONE) == [1.5, 2.0]
     assert agree_on_stop(15, ALONE) == 15
+    assert from_main(7, ALONE) == 7
     barrier(ALONE)
     assert ALONE.is_main and not World(1, 2, 1, ALONE.device).is_main
