@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import torch
@@ -33,7 +32,11 @@ def refuse_diverged(value: float, name: str, state: TrainState, config: Config) 
 
 
 class Window:
-    """Sums and clocks since the last row of metrics."""
+    """Sums and clocks since the last row of metrics.
+
+    `clock` runs in steps alone, waits for a teacher included, not in validations, saves and exports. Of these
+    seconds mfu counts the student's floating-point operations only: what the teacher takes lowers it.
+    """
 
     def __init__(self, run: Run, state: TrainState) -> None:
         self.run = run
@@ -44,8 +47,8 @@ class Window:
         self._restart_clocks()
 
     def _restart_clocks(self) -> None:
-        self.teacher_clock = Stopwatch(self.run.world.device)
-        self.stall_seconds, self.start = 0.0, time.perf_counter()
+        self.clock, self.teacher_clock = (Stopwatch(self.run.world.device) for _ in range(2))
+        self.stall_seconds = 0.0
 
     def _total(self) -> dict[str, float]:
         local = self.sums.read()
@@ -64,7 +67,7 @@ class Window:
         """
         config, share = self.run.config, (state.step - 1) / self.run.config.steps
         total = self._total()  # on a GPU this waits for the step to end
-        seconds, teacher_seconds = time.perf_counter() - self.start, self.teacher_clock.take()
+        seconds, teacher_seconds = self.clock.take(), self.teacher_clock.take()
         values: dict[str, Any] = {
             "samples": state.consumed,
             **means(total),

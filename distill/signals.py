@@ -11,6 +11,16 @@ from types import FrameType
 _received: list[int] = []
 
 
+class Stopped(Exception):
+    """A signal asked the run to leave; it was saved first."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        self.signal_number = signal_number
+        super().__init__(
+            f"stopped by signal {signal_number} after step {step}; the same command goes on from there"
+        )
+
+
 def catch_stop_signals() -> None:
     """Note the first stop signal instead of dying from it; a second Ctrl-C ends the process at once."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

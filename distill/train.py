@@ -21,17 +21,7 @@ from distill.objectives import Objective, make_objective
 from distill.run_folder import claim, read_result, store_settings, write_result
 from distill.sample_order import key_of
 from distill.schedule import due_after, learning_rate
-from distill.signals import stop_signal
-
-
-class Stopped(Exception):
-    """A signal asked the run to leave; it was saved first."""
-
-    def __init__(self, signal_number: int, step: int) -> None:
-        self.signal_number = signal_number
-        super().__init__(
-            f"stopped by signal {signal_number} after step {step}; the same command goes on from there"
-        )
+from distill.signals import Stopped, stop_signal
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -48,9 +38,8 @@ def train(config: Config) -> dict[str, Any]:
         run = build_run(config, world, folder)
         state = checkpoint.resume(folder, run.engine, run.samples.fingerprint, world)
         window = Window(run, state)
-        window.stall_seconds += run.follow_schedule(
-            state.consumed
-        )  # a bad teacher binds the folder to nothing
+        with window.clock:  # before the settings are stored: a bad teacher binds the folder to nothing
+            window.stall_seconds += run.follow_schedule(state.consumed)
         if world.is_main:
             store_settings(folder, config, run.schedule, run.trajectory)
         rows = Log(folder, state.step, config.steps, world.is_main)
@@ -60,10 +49,11 @@ def train(config: Config) -> dict[str, Any]:
         found: dict[str, float] = {}
 
         while state.step < config.steps:
-            window.stall_seconds += run.follow_schedule(state.consumed)
             objective = make_objective(config.objective, state.step / config.steps, run.vocab_size)
             lr = learning_rate(config.optim, state.step, config.steps)
-            grad_norm = train_step(run, batches, objective, lr, state, window)
+            with window.clock:
+                window.stall_seconds += run.follow_schedule(state.consumed)
+                grad_norm = train_step(run, batches, objective, lr, state, window)
             state.step, state.consumed = state.step + 1, state.consumed + config.batch_size
             rows.advance()
 

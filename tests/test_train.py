@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny import (
     LENGTH,
     SIZES,
@@ -21,6 +23,7 @@ from tiny import (
     write_text_shards,
 )
 
+import distill.train as loop
 from distill.build import layout
 from distill.distributed import World
 from distill.metrics import CLOCK, read_rows
@@ -78,6 +81,33 @@ def test_rows_come_when_they_are_due_and_say_all_keys(
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
+@pytest.mark.filterwarnings("ignore")  # of DeepSpeed and torch, about each other
+@pytest.mark.skipif(torch.cuda.is_available(), reason="replaces the clock of a CPU")
+def test_seconds_of_a_row_are_those_of_its_steps_without_validations_and_saves(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def lasting(seconds: float, function: Any) -> Any:
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        return slow
+
+    monkeypatch.setattr("distill.metrics.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("distill.accounting.peak_flops", lambda *_: 1e9)
+    monkeypatch.setattr(loop, "train_step", lasting(2, loop.train_step))
+    monkeypatch.setattr(loop, "validate", lasting(1000, loop.validate))
+    for name in ("save", "save_to_trajectory", "export"):
+        monkeypatch.setattr(loop.checkpoint, name, lasting(1000, getattr(loop.checkpoint, name)))
+    changes = {"save__every": 2, "log__eval_every": 2, "save__trajectory_every": 2, "steps": 6}
+    loop.train(config(shards, tmp_path / "run", **changes))
+    found = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
+    assert [row["seconds"] for row in found] == [6.0, 6.0]
+    assert found[1]["tokens_per_second"] == pytest.approx(3 * 8 * LENGTH / 6.0, rel=0.1)
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -86,8 +116,6 @@ def test_rows_come_when_they_are_due_and_say_all_keys(
     [(1, 8, 0, (8, 1)), (1, 8, 2, (2, 4)), (2, 8, 0, (4, 1)), (4, 8, 1, (1, 2))],
 )
 def test_batch_is_laid_out_over_ranks(ranks: int, batch: int, micro: int, expected: tuple[int, int]) -> None:
-    import torch
-
     run = config(Path("s"), Path("r"), batch_size=batch, micro_batch_size=micro)
     assert layout(run, World(0, ranks, 0, torch.device("cpu"))) == expected
 
