@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,17 +48,34 @@ def test_every_requirement_has_one_exact_pin_for_each_python(version: str) -> No
     assert all([s.operator for s in r.specifier] == ["=="] for r in served)
 
 
-def test_every_library_that_is_imported_is_pinned() -> None:
-    pinned = {canonicalize_name(r.name) for r in requirements()}
+def declared() -> list[Requirement]:
+    """The dependencies in pyproject.toml, a list of strings as in Python (3.10 has no tomllib)."""
+    found = re.search(
+        r"^dependencies = (\[.*?^\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert found
+    return [Requirement(line) for line in ast.literal_eval(found[1])]
+
+
+@pytest.mark.parametrize("listed", [requirements, declared])
+def test_every_library_that_is_imported_is_listed(listed: Callable[[], list[Requirement]]) -> None:
+    names = {canonicalize_name(r.name) for r in listed()}
     distributions = importlib.metadata.packages_distributions()
     missing = {
         f"{module} imports {target}"
         for module, path in sources(ROOT).items()
         for target, _ in imports(module, path)
         if (top := target.split(".")[0]) not in sys.stdlib_module_names | {"distill", "data_prep"}
-        and not pinned & {canonicalize_name(name) for name in distributions.get(top, [top])}
+        and not names & {canonicalize_name(name) for name in distributions.get(top, [top])}
     }
     assert missing == set()
+
+
+def test_what_is_pinned_lies_within_the_declared_bounds() -> None:
+    bounds = {canonicalize_name(r.name): r.specifier for r in declared()}
+    for pin in requirements():
+        (version,) = (s.version for s in pin.specifier)
+        assert version in bounds.get(canonicalize_name(pin.name), pin.specifier), pin
 
 
 FAKE_PYTHON = """#!/bin/sh
