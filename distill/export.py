@@ -45,9 +45,7 @@ def export_run(run_dir: Path, out: Path) -> Path:
 
 
 def evaluate_folder(folder: Path, config: Config) -> dict[str, float]:
-    """Validation of a Hugging Face folder on the held-out documents of config.data.shards (see
-    `distill.evaluate`).
-    """
+    """Validation of a Hugging Face folder on the held-out documents of config.data.shards."""
     quiet_transformers()
     world = distributed.start()
     samples = validation_samples(config)

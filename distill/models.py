@@ -1,7 +1,4 @@
-"""Hugging Face models as trunk and head, so that only the rows that count meet the vocabulary;
-
-parameter and FLOP counts.
-"""
+"""Hugging Face models as trunk and head, so that only the rows that count meet the vocabulary."""
 
 from __future__ import annotations
 
@@ -57,19 +54,16 @@ NO_DROPOUT = (
 
 
 class Rows(NamedTuple):
-    """The rows that count, before the head:
-
-    hidden_ND (N rows, width D) and the head that makes logits_NV of them.
-    """
+    """The rows that count, hidden_ND (N rows, width D), and the head that makes logits_NV of them."""
 
     hidden_ND: Tensor
     head: Callable[[Tensor], Tensor]
 
 
 class Inputs(NamedTuple):
-    """What a model reads:
+    """What a model reads.
 
-    token ids [B, L] int64, attention_mask None or [B, 1, L, L] bool, position_ids None or [B, L] int64.
+    Token ids [B, L] int64, attention_mask None or [B, 1, L, L] bool, position_ids None or [B, L] int64.
     """
 
     input_ids_BL: Tensor
@@ -80,10 +74,7 @@ class Inputs(NamedTuple):
 def _attention_in_fp32(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """torch's CPU attention is 4 to 8 times slower in bf16 than in fp32 at small heads;
-
-    casting costs a few percent.
-    """
+    """On CPU torch's attention is 4 to 8 times slower in bf16 than in fp32 at small heads; casts cost little."""
     output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **settings)
     return output.to(query.dtype), None
 
@@ -105,8 +96,7 @@ def build_model(
     special_ids: dict[str, int],
     seed: int,
 ) -> PreTrainedModel:
-    """A randomly initialised fp32 model of a `transformers` architecture; the weights are a function of
-    `seed` alone.
+    """A randomly initialised fp32 model of a `transformers` architecture, its weights a function of `seed` alone.
 
     Raises:
         ValueError: unknown architecture or config key (with the nearest), too few positions for
@@ -195,9 +185,9 @@ def head_of(model: PreTrainedModel) -> nn.Module:
 
 
 def counted_rows(model: PreTrainedModel, inputs: Inputs, rows_N: Tensor) -> Rows:
-    """Trunk over the whole batch, then only the rows that count:
+    """Trunk over the whole batch, then only the rows that count.
 
-    rows_N int64 indices into the flattened [B*L] positions.
+    rows_N: int64 indices into the flattened [B*L] positions.
     """
     mask = _masks_by_layer_type(model.config, inputs.attention_mask)
     output = model.base_model(
@@ -251,12 +241,11 @@ def num_parameters(model: nn.Module) -> int:
 def flops_per_step(
     model: PreTrainedModel, num_tokens: int, num_rows: float, length: int, backward: bool
 ) -> float:
-    """Floating-point operations of one forward (and backward, twice the forward) over `num_tokens`, with
-    `num_rows` rows in the head.
+    """Floating-point operations over `num_tokens` tokens of which `num_rows` rows meet the head.
 
     Two per multiply-add of every weight matrix that a token meets, plus attention's 4*length*width per token
-    and layer
-    (Kaplan et al. 2020, table 1, without halving for causality). Embedding look-ups are free.
+    and layer (Kaplan et al. 2020, table 1, without halving for causality). Embedding look-ups are free. A
+    backward is twice the forward and comes on top of it.
     """
     head = head_of(model)
     in_head = {id(p) for p in head.parameters()}

@@ -23,8 +23,7 @@ from distill.trajectory.manifest import Manifest
 CONFIG, SCHEDULE, RESULT, LOCK = "config.yaml", "schedule.json", "result.json", "run.lock"
 WEIGHTS = "weights"  # in schedule.json, beside the schedule
 
-# Settings of layout, speed and logging, which may change when a run goes on; all others decide what is
-# learned.
+# Settings of layout, speed and logging, which may change when a run goes on; all others decide what is learned.
 MAY_CHANGE = (
     "run_dir",
     "micro_batch_size",
@@ -114,9 +113,8 @@ def _weights(schedule: Schedule, trajectory: Manifest) -> dict[str, list[str]]:
 
 def _lock(lock: Any, folder: Path) -> None:
     try:
-        fcntl.lockf(
-            lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # not flock: readers forked from a killed run would hold that for seconds
+        # Not flock: readers forked from a killed run would hold that for seconds.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
         raise RunFolderError(

@@ -40,9 +40,10 @@ class Checkpoint:
 
 @dataclass
 class Manifest:
-    """A trajectory. tokenizer_sha256 is None where the source doesn't tell;
+    """A trajectory: checkpoints by step, and what they have in common.
 
-    vocab_size counts the logits' columns.
+    vocab_size: columns of the logits. tokenizer_sha256: None where the source doesn't tell. complete: the run
+    that leaves it has ended.
     """
 
     root: Path
