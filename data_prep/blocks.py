@@ -38,8 +38,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Encoded:
-    """tokens: ids of a block's documents, each `<s> ... </s>`, one after the other. input_bytes: of JSON
-    lines.
+    """What a block gives.
+
+    tokens: ids of its documents, each `<s> ... </s>`, one after the other. input_bytes: of their JSON lines.
     """
 
     block: Block
@@ -55,8 +56,9 @@ def blocks_of_part(path: Path, split: str, part: int, json_bytes: int, tokenizer
 
 
 def encode_block(block: Block) -> Encoded:
-    """Token ids of a block. ValueError names the part when it is damaged, and a document that cannot be
-    encoded.
+    """Token ids of a block.
+
+    ValueError names the part when it is damaged, and a document that cannot be encoded.
     """
     tokenizer = _tokenizer(block.tokenizer)
     bos, eos = _marks(tokenizer.info)

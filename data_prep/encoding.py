@@ -207,8 +207,9 @@ class HuggingFaceTokenizer:
 
 
 def slices(text: str, limit: int = SLICE_CHARS) -> Iterator[str]:
-    """Cut a text into pieces of at most `limit` characters: after a newline, else before a space, else
-    anywhere.
+    """Cut a text into pieces of at most `limit` characters.
+
+    After a newline if there is one, else before a space, else anywhere.
     """
     start = 0
     while len(text) - start > limit:

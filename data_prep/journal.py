@@ -21,13 +21,12 @@ def documents_digest(index: dict[str, Any]) -> str:
 
 
 class Journal:
-    """The shards of a folder so far, per split; `is_finished` when the index is there and every shard has its
-    size.
+    """The shards of a folder so far, per split.
 
-    A shard that is missing or has another size is dropped with all that come after it in its split, to be
-    made again. Entering raises ValueError when the folder holds another run (naming the difference) or
-    something else, or is in use. Leaving without an error removes the journal: the index must have been
-    written by then.
+    `is_finished` when the index is there and every shard has its size. A shard that is missing or has another
+    size is dropped with all that come after it in its split, to be made again. Entering raises ValueError when
+    the folder holds another run (naming the difference) or something else, or is in use. Leaving without an
+    error removes the journal: the index must have been written by then.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], splits: Iterable[str]) -> None:

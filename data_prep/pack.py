@@ -1,10 +1,9 @@
-"""The shards stage: documents to fixed-length token sequences in tar shards, in parallel, to be resumed
-anywhere.
+"""The shards stage: documents to fixed-length token sequences in tar shards, in parallel.
 
 Processes take blocks of documents and give back token ids. Here these are strung together, in order, in a
 spool file for each shard; a full spool goes back to a process, which writes the tar. A finished shard is a
-line in the journal, with the place in the documents where the next one begins. A killed run repeats what came
-after the last line.
+line in the journal, with the place in the documents where the next one begins. A run may be killed anywhere:
+it repeats what came after the last line.
 """
 
 import argparse

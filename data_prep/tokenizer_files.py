@@ -1,6 +1,4 @@
-"""A SentencePiece model as Hugging Face files that give the same ids, and the special tokens of either
-kind.
-"""
+"""A SentencePiece model as Hugging Face files with the same ids; the special tokens of either kind."""
 
 import json
 from dataclasses import dataclass
@@ -93,9 +91,7 @@ def sentencepiece_special(proto: Any) -> dict[str, int | None]:
 
 
 def huggingface_special(folder: Path, vocabulary: dict[str, int]) -> dict[str, int | None]:
-    """Special ids that a Hugging Face folder declares; those of a BERT ([CLS], [SEP]) count as bos and
-    eos.
-    """
+    """Special ids that a Hugging Face folder declares; a BERT's [CLS] and [SEP] count as bos and eos."""
     declared: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -173,9 +169,7 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
 
 
 def _added_tokens(proto: Any) -> list[AddedToken]:
-    """Control symbols. "<mask>" takes the space before it along, as it replaces a piece that begins with
-    one.
-    """
+    """Control symbols; "<mask>" takes a space before it along, as the piece it replaces has one."""
     pieces = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, CONTROL)]
     return [AddedToken(piece, normalized=False, special=True, lstrip=piece == "<mask>") for piece in pieces]
 

@@ -1,5 +1,4 @@
-"""Check a shards folder from end to end, reading every sample through stock `webdataset`, as any other reader
-would.
+"""Check a shards folder from end to end, through stock `webdataset`, as any other reader would.
 
 The only importer of `webdataset` here. Faults are printed one a line; exit code 0 without faults, 1 with.
 """
