@@ -37,7 +37,7 @@ def validate(
     """Hard loss in nats a counted token, top-1 accuracy and perplexity, over all ranks."""
     objective = partial(
         forward_kl,
-        config=ObjectiveConfig(),
+        config=ObjectiveConfig(chunk_rows=config.objective.chunk_rows, kernel=config.objective.kernel),
         weights=HARD,
         temperature=1.0,
         vocab_size=samples.tokenizer.vocab_size,

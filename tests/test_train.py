@@ -24,6 +24,7 @@ from tiny import (
 )
 
 import distill.train as loop
+from distill import evaluate
 from distill.build import layout
 from distill.distributed import World
 from distill.metrics import CLOCK, read_rows
@@ -106,6 +107,22 @@ def test_seconds_of_a_row_are_those_of_its_steps_without_validations_and_saves(
     found = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
     assert [row["seconds"] for row in found] == [6.0, 6.0]
     assert found[1]["tokens_per_second"] == pytest.approx(3 * 8 * LENGTH / 6.0, rel=0.1)
+
+
+@pytest.mark.filterwarnings("ignore")  # of DeepSpeed and torch, about each other
+def test_validation_takes_the_kernel_and_the_rows_at_once_of_the_config(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, plain = [], evaluate.forward_kl
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        taken.append((kwargs["config"].kernel, kwargs["config"].chunk_rows))
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "forward_kl", watched)
+    changes = {"objective__kernel": "reference", "objective__chunk_rows": 7}
+    loop.train(config(shards, tmp_path / "run", **changes, steps=1))
+    assert set(taken) == {("reference", 7)}
 
 
 # ------------------------------------------------------------------------------------------------ refusals
