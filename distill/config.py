@@ -99,9 +99,11 @@ class OptimConfig:
     """AdamW and its learning rate."""
 
     lr: float = _opt(1e-3, "peak learning rate")
-    beta1: float = _opt(0.9, "AdamW")
-    beta2: float = _opt(0.95, "AdamW")
-    eps: float = _opt(1e-8, "AdamW")
+    beta1: float = _opt(0.9, "AdamW: decay of the running mean of the gradient, 0 to below 1")
+    beta2: float = _opt(0.95, "AdamW: decay of the running mean of the squared gradient, 0 to below 1")
+    eps: float = _opt(
+        1e-8, "AdamW: added to the root of the squared gradient's mean, against a division by 0"
+    )
     weight_decay: float = _opt(0.0, "AdamW; never on biases and norms")
     clip: float = _opt(1.0, "largest global gradient norm; 0: no clipping")
     warmup_share: float = _opt(0.06, "share of the budget with linear warm-up")
@@ -149,10 +151,7 @@ class LogConfig:
 
 @dataclass
 class Config:
-    """One run. `batch_size`, `micro_batch_size` are in sequences;
-
-    the first is global, the second on one rank.
-    """
+    """One run. `batch_size` sequences are a step of all ranks, `micro_batch_size` a forward on one."""
 
     run_dir: str = _opt("", "folder of the run; the same command goes on where it stopped")
     seed: int = _opt(0, "of weights, sample order and masks")

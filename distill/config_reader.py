@@ -27,8 +27,9 @@ class ConfigError(ValueError):
 
 
 def load_config(files: list[str | Path], assignments: list[str]) -> Config:
-    """Merge defaults < YAML `files` in order < `key=value` assignments (`a.b=value`, value in YAML), and
-    check the whole.
+    """Merge defaults < YAML `files` in order < `key=value` assignments, and check the whole.
+
+    An assignment is `a.b=value`, the value in YAML.
 
     Raises:
         ConfigError: unknown keys, wrong types, values out of range and contradictions, all at once.

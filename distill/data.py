@@ -81,9 +81,9 @@ def mask_tokens(
 
 
 def next_tokens(tokens_BL: Ints, tokenizer: TokenizerInfo, isolate_documents: bool) -> Ints:
-    """labels_BL for causal language modelling: the following token;
+    """labels_BL for causal language modelling: the token that follows each.
 
-    none after the end, before padding or, if isolated, across documents.
+    IGNORE at the end, before padding and, if documents are isolated, across them.
     """
     labels_BL = np.full_like(tokens_BL, IGNORE)
     labels_BL[:, :-1] = tokens_BL[:, 1:]
@@ -96,18 +96,17 @@ def next_tokens(tokens_BL: Ints, tokenizer: TokenizerInfo, isolate_documents: bo
 def attention(
     tokens_BL: Ints, tokenizer: TokenizerInfo, causal: bool, isolate_documents: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(attention mask [B, 1, L, L] bool, True where a query sees a key;
+    """(attention mask, position ids), each None where the model's own default serves.
 
-    position ids [B, L]), or None where the model's own default serves.
+    The mask is [B, 1, L, L] bool, True where a query sees a key; the position ids are [B, L] int64.
     """
     is_pad = tokens_BL == tokenizer.pad_id
     if not isolate_documents and not is_pad.any():
         return None, None
     ends = tokens_BL == tokenizer.eos_id
     documents_BL = np.cumsum(ends, axis=1) - ends if isolate_documents else np.zeros_like(tokens_BL)
-    documents_BL = np.where(
-        is_pad, -1, documents_BL
-    )  # padding sees padding: a query that sees nothing would give NaN
+    # Padding sees padding: a query that sees nothing would give NaN.
+    documents_BL = np.where(is_pad, -1, documents_BL)
     sees = documents_BL[:, :, None] == documents_BL[:, None, :]
     if causal:
         sees &= np.tri(tokens_BL.shape[1], dtype=bool)
@@ -176,9 +175,9 @@ class Samples(Dataset[Batch]):
 def micro_batch_positions(
     consumed: int, batch_size: int, micro: int, rank: int, world_size: int
 ) -> Iterator[Ints]:
-    """Positions of this rank's micro-batches from `consumed` samples on, without end;
+    """Positions of this rank's micro-batches from `consumed` samples on, without end.
 
-    rank r has the r-th share of every batch.
+    Rank r has the r-th share of every batch.
     """
     share = batch_size // world_size
     while True:

@@ -88,16 +88,14 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        plain = (
-            self._engine.zero_optimization_stage() == 0
-        )  # there DeepSpeed keeps whole gradients and tells no norm of them
-        norm: float | Tensor = (
-            torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            if plain
-            else 0.0
-        )
+        if self._engine.zero_optimization_stage() > 0:
+            self._engine.step()
+            return self._engine.get_global_grad_norm()
+        # In stage 0 DeepSpeed keeps whole gradients, and tells no norm of them.
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         self._engine.step()
-        return norm if plain else self._engine.get_global_grad_norm()
+        return norm
 
     def save(self, folder: Path) -> None:
         """Weights and optimizer state of all ranks into `folder`. Collective."""

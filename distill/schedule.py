@@ -1,10 +1,8 @@
-"""Pure functions of the consumed samples: which teacher checkpoint teaches, at what temperature, weight and
-learning rate.
+"""Who teaches, at what temperature, weight and learning rate: pure functions of the consumed samples.
 
 Progressive distillation (Panigrahi et al., ICLR 2025, section 2): the student is taught by successive
-checkpoints of one teacher run.
-Stages start on whole steps and are kept in samples, so that no layout of ranks or micro-batches changes which
-checkpoint teaches which sample.
+checkpoints of one teacher run. Stages start on whole steps and are kept in samples, so that no layout of
+ranks or micro-batches changes which checkpoint teaches which sample.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Stages in order, over `total_samples` in batches of `batch_size`;
+    """Stages in order, over `total_samples` in batches of `batch_size`.
 
     `final_checkpoint` is the trajectory's last.
     """
@@ -93,10 +91,10 @@ def schedule_from_json(text: str) -> Schedule:
 def make_schedule(
     config: ScheduleConfig, available: Sequence[int], losses: Mapping[int, float], steps: int, batch_size: int
 ) -> Schedule:
-    """The schedule that `config` asks for, over the trajectory's `available` teacher steps (step 0 never
-    teaches).
+    """The schedule that `config` asks for. Step 0 of a teacher never teaches.
 
     Args:
+        available: teacher steps that the trajectory has.
         losses: validation loss of the checkpoints, where the manifest has it; two_shot picks its early
             checkpoint by it.
         steps: student steps in all.
@@ -163,7 +161,7 @@ def _speed(checkpoints: list[int], speed: float, steps: int) -> list[tuple[int, 
 
     A short run never sees the last.
     """
-    exact = Fraction(str(speed))  # in floats 3 / 0.1 is 29.999..., a step too early
+    exact = Fraction(str(speed))  # in floats 33 / 1.1 is 29.999..., a step too early
     starts = [0] + [math.floor(c / exact) for c in checkpoints[:-1]]
     # Of checkpoints closer than one student step the later one teaches.
     latest = dict(zip(starts, checkpoints, strict=True))
@@ -171,8 +169,9 @@ def _speed(checkpoints: list[int], speed: float, steps: int) -> list[tuple[int, 
 
 
 def steepest_checkpoint(losses: Mapping[int, float]) -> int:
-    """The checkpoint inside the phase transition: largest drop of validation loss per doubling of steps since
-    its predecessor.
+    """The checkpoint inside the phase transition, by the validation losses of all.
+
+    It has the largest drop of the loss per doubling of steps since its predecessor.
 
     Raises:
         ValueError: fewer than two checkpoints have a validation loss.
@@ -236,10 +235,10 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def is_trajectory_step(step: int, every: int, first: int) -> bool:
-    """Whether a teacher run leaves a checkpoint after `step` steps: first, 2*first, 4*first, ... below
-    `every`, then each `every`.
+    """Whether a teacher run leaves a checkpoint after `step` steps.
 
-    The log-spaced start is Pythia's: the phase transition of a teacher is short and early.
+    It does so at first, 2*first, 4*first, ... below `every`, then each `every`. The log-spaced start is
+    Pythia's: the phase transition of a teacher is short and early.
     """
     if every == 0 or step == 0:
         return False

@@ -118,6 +118,11 @@ def test_speed_takes_the_first_checkpoint_at_or_ahead_of_the_students_step(
     ]
 
 
+def test_speed_whose_quotient_floats_round_down_keeps_its_step() -> None:
+    assert 33 / 1.1 < 30  # teacher step 33 is that of student step 29 (the 30th), to the last digit
+    assert by_step(schedule(31, [33, 40], kind="speed", speed=1.1)) == [33] * 30 + [40]
+
+
 @given(st.integers(1, 30), st.integers(30, 400))
 def test_equal_stages_differ_by_one_step_at_most(num_stages: int, steps: int) -> None:
     s = schedule(steps, list(range(1, 31)), kind="equal", num_stages=num_stages)

@@ -20,11 +20,10 @@ def forward_kl(
     temperature: float,
     vocab_size: int,
 ) -> Divergence:
-    """w_kl * sum_n KL(p_teacher^tau || p_student) + w_hard * sum_n CE(label_n, p_student), with soft cross-
-    entropy reported apart.
+    """w_kl * sum_n KL(p_teacher^tau || p_student) + w_hard * sum_n CE(label_n, p_student).
 
-    Panigrahi et al. (ICLR 2025), section 2: teacher first, temperature on the teacher alone unless config
-    says `both`.
+    Soft cross-entropy is reported apart. Panigrahi et al. (ICLR 2025), section 2: teacher first, temperature
+    on the teacher alone unless config says `both`.
     Rows hold N hidden states; labels_N int64. Returns sums over rows, never means.
     """
     return linear_divergence(
