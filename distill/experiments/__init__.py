@@ -1,4 +1,1 @@
-"""Studies that use the framework as its users do:
-
-each is one command that ends in a table, a picture and results.json.
-"""
+"""Studies that use the framework as its users do: one command each, ending in a table and a picture."""

@@ -25,10 +25,7 @@ from distill.run_folder import read_result
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train the student:
-
-    its name, how the table calls it, and the settings that make it differ from the others.
-    """
+    """A way to train the student: its name, its title in the table, the settings that set it apart."""
 
     name: str
     title: str
@@ -75,10 +72,7 @@ def curve(run_dir: Path, key: str) -> tuple[list[int], list[float]]:
 
 
 def steps_to(run_dir: Path, loss: float) -> float:
-    """First step, linear between validations, at which the validation loss is at most `loss`;
-
-    infinity if never.
-    """
+    """First step, linear between validations, with a validation loss of at most `loss`; or infinity."""
     steps, losses = curve(run_dir, "hard")
     previous = None
     for step, value in zip(steps, losses, strict=False):
@@ -102,8 +96,7 @@ def table(
     titles: Mapping[str, str],
     columns: Mapping[str, str],
 ) -> str:
-    """Markdown: a line an arm; a cell is the mean over seeds, with the standard deviation if there are
-    several.
+    """A Markdown line an arm; a cell is the mean over seeds, with the standard deviation if there are several.
 
     Args:
         columns: key of a result -> heading.

@@ -1,5 +1,4 @@
-"""Wikipedia + Books: raw text -> shards -> a teacher that leaves its trajectory -> three students on one
-budget -> table and picture.
+"""Wikipedia + Books: raw text -> shards -> a teacher and its trajectory -> three students -> table, picture.
 
     python -m distill.experiments.wiki_books --out work/demo            # 2 CPU cores, about ten minutes
     python -m distill.experiments.wiki_books --out work/demo --seeds 0 1 2
@@ -91,7 +90,11 @@ def study(out: Path, seeds: list[int], workers: int, settings: list[str]) -> str
         for found, folder, hard in zip(results[arm_name], runs, results["hard"], strict=False):
             found["steps_to_hard"] = steps_to(folder, hard["hard"])
     plot(
-        folders, titles, teacher_dir, out / "curves.png", f"Wikipedia + Books at demo scale, seed(s) {seeds}"
+        folders,
+        titles,
+        teacher_dir,
+        out / "curves.png",
+        f"Wikipedia + Books at demo scale, student seeds {seeds}",
     )
     save_results(out / "results.json", results)
     return table(results, titles, COLUMNS)
