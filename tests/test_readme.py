@@ -18,6 +18,7 @@ import torch
 
 from distill.models import build_model
 from tests.corpora import multistream, page
+from tests.shard_folders import TOPICS
 
 ROOT = Path(__file__).parent.parent
 TINY = "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"
@@ -46,7 +47,7 @@ def small(command: str) -> list[str]:
 
     README's paths moved to the test's folder, tiny models, two ranks instead of eight.
     """
-    command = re.sub(r"(^|[ =])/(data|runs)/", r"\1cluster/\2/", command)
+    command = re.sub(r"(^|[ =])/(data|runs)(?=[/ ]|$)", r"\1cluster/\2", command)
     command = command.replace("distill/configs", f"{ROOT}/distill/configs").replace(
         "--num_gpus 8", "--num_gpus 2"
     )
@@ -69,10 +70,8 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("stranger")
     texts = home / "my_texts"
     texts.mkdir()
-    source = (ROOT / "README.md").read_text() + (ROOT / "distill" / "train.py").read_text()
-    for i in range(60):
-        words = source.split()[i * 7 :] + [f"Text number {i}."]
-        (texts / f"{i}.txt").write_text(" ".join(words[:: 1 + i % 5]))
+    for i, text in enumerate(TOPICS[:60]):
+        (texts / f"{i}.txt").write_text(text)
     shutil.copytree(texts, home / "cluster" / "data" / "gutenberg")
     for step in (1000, 2000):
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
