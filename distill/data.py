@@ -17,10 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_prep.shards import ShardReader, TokenizerInfo
 from distill.config import DataConfig
+from distill.kernels import IGNORED_LABEL as IGNORE
 from distill.models import Inputs
 from distill.sample_order import GOLDEN, Ints, keys_of, mix, sample_ids
-
-IGNORE = -100  # label of a position that is not counted
 
 
 @dataclass

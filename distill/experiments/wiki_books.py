@@ -4,8 +4,7 @@
     python -m distill.experiments.wiki_books --out work/demo --seeds 0 1 2
 
 Section 5 of Panigrahi et al. (ICLR 2025), scaled to a laptop. All arms share data order, budget and initial
-weights (the seed's);
-they differ in the objective and the schedule alone. Whatever is finished is not done again.
+weights (the seed's); they differ in the objective and the schedule alone. What is finished is not done again.
 """
 
 from __future__ import annotations
