@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.kernels.terms import IGNORED_LABEL, Terms
+from distill.kernels.terms import IGNORED_LABEL, SparseTargets, Terms
 
 
 def real_vocabulary(student_NV: Tensor, teacher_NV: Tensor | None, vocab_size: int | None) -> int:
@@ -14,7 +14,14 @@ def real_vocabulary(student_NV: Tensor, teacher_NV: Tensor | None, vocab_size: i
         if logits is not None and (logits.dim() != 2 or not logits.is_floating_point()):
             found = f"{logits.dtype} {tuple(logits.shape)}"
             raise ValueError(f"{name} logits must be a floating tensor [N, V], got {found}")
-    widths = [logits.shape[1] for logits in (student_NV, teacher_NV) if logits is not None]
+    return agreed_vocabulary(
+        student_NV.shape[1], None if teacher_NV is None else teacher_NV.shape[1], vocab_size
+    )
+
+
+def agreed_vocabulary(student_columns: int, teacher_columns: int | None, vocab_size: int | None) -> int:
+    """Number of columns that are no padding on either side. Raises ValueError if that is not clear."""
+    widths = [width for width in (student_columns, teacher_columns) if width is not None]
     if vocab_size is None:
         if len(set(widths)) > 1:
             raise ValueError(
@@ -28,20 +35,61 @@ def real_vocabulary(student_NV: Tensor, teacher_NV: Tensor | None, vocab_size: i
 
 
 def check_tensors(
-    student_NV: Tensor, teacher_NV: Tensor | None, labels_N: Tensor | None, terms: Terms
+    student_NV: Tensor,
+    teacher: Tensor | SparseTargets | None,
+    labels_N: Tensor | None,
+    weights_N: Tensor | None,
+    terms: Terms,
 ) -> None:
-    """Raises ValueError for rows, labels or weights that do not fit together."""
-    num_rows = student_NV.shape[0]
-    if teacher_NV is None and terms.kl_weight:
-        raise ValueError(f"kl_weight is {terms.kl_weight} but there are no teacher logits: set it to 0")
-    if teacher_NV is not None and teacher_NV.shape[0] != num_rows:
-        raise ValueError(f"student has {num_rows} rows, teacher {teacher_NV.shape[0]}: they must be the same")
-    if teacher_NV is not None and teacher_NV.device != student_NV.device:
-        raise ValueError(f"student is on {student_NV.device}, teacher on {teacher_NV.device}: move one")
+    """Raises ValueError for rows, labels or weights that do not fit together.
+
+    `student_NV` may be any tensor with the rows and the device of the logits.
+    """
+    if teacher is None and terms.soft_weight:
+        raise ValueError(f"soft_weight is {terms.soft_weight} but there is no teacher: set it to 0")
+    if labels_N is None and terms.hard_weight:
+        raise ValueError(f"hard_weight is {terms.hard_weight} but there are no labels: set it to 0")
+    num_rows, device = student_NV.shape[0], student_NV.device
+    if isinstance(teacher, SparseTargets):
+        _check_sparse(teacher, num_rows, device, terms)
+    elif teacher is not None and teacher.shape[0] != num_rows:
+        raise ValueError(f"student has {num_rows} rows, teacher {teacher.shape[0]}: they must be the same")
+    named = {"labels_N": labels_N, "weights_N": weights_N}
+    for name, tensor in {"teacher": teacher, **named}.items():
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            raise ValueError(f"student is on {device}, {name} on {tensor.device}: move one")
     if labels_N is not None:
         _check_labels(labels_N, num_rows, terms.vocab_size)
-    elif terms.hard_weight:
-        raise ValueError(f"hard_weight is {terms.hard_weight} but there are no labels: set it to 0")
+    if weights_N is not None and (weights_N.shape != (num_rows,) or weights_N.dtype != torch.float32):
+        found = f"{weights_N.dtype} {tuple(weights_N.shape)}"
+        raise ValueError(f"weights_N must be float32 [{num_rows}], got {found}")
+
+
+def _check_sparse(targets: SparseTargets, num_rows: int, device: torch.device, terms: Terms) -> None:
+    if terms.kind != "forward_kl":
+        raise ValueError(f"sparse targets serve forward_kl alone, got kind {terms.kind!r}: use the whole teacher")
+    ids_NK, probs_NK, *others = targets
+    if ids_NK.dim() != 2 or ids_NK.shape[0] != num_rows or ids_NK.dtype != torch.int64:
+        found = f"{ids_NK.dtype} {tuple(ids_NK.shape)}"
+        raise ValueError(f"targets.ids_NK must be int64 [{num_rows}, K], got {found}")
+    if not 1 <= ids_NK.shape[1] <= terms.vocab_size:
+        raise ValueError(f"targets.ids_NK keeps K = {ids_NK.shape[1]} classes, must be 1..{terms.vocab_size}")
+    shapes = {"probs_NK": ids_NK.shape, "tail_N": (num_rows,), "gold_N": (num_rows,)}
+    for (name, shape), tensor in zip(shapes.items(), (probs_NK, *others), strict=True):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"targets.{name} must be float32 {list(shape)}, got {found}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"student is on {device}, targets.{name} on {tensor.device}: move one")
+    if ids_NK.device != device:
+        raise ValueError(f"student is on {device}, targets.ids_NK on {ids_NK.device}: move one")
+    if ids_NK.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong_NK = (probs_NK != 0) & ((ids_NK < 0) | (ids_NK >= terms.vocab_size))
+    if bool(wrong_NK.any()):
+        row, entry = wrong_NK.nonzero()[0].tolist()
+        found = int(ids_NK[row, entry])
+        raise ValueError(f"target id {found} in row {row} is not in 0..{terms.vocab_size - 1}")
 
 
 def _check_labels(labels_N: Tensor, num_rows: int, vocab_size: int) -> None:
