@@ -129,7 +129,9 @@ def _divergence(
 ) -> Divergence:
     check_tensors(student_NV, teacher, labels_N, weights_N, terms)
     if in_place and student_NV.is_leaf and student_NV.requires_grad:
-        raise ValueError("in_place would write over a leaf, got logits that no operation made: leave in_place out")
+        raise ValueError(
+            "in_place would write over a leaf, got logits that no operation made: leave in_place out"
+        )
     if isinstance(teacher, SparseTargets):
         teacher = gold_as_entry(teacher, labels_N)
     chosen = pick(impl, student_NV, teacher)

@@ -67,7 +67,9 @@ def check_tensors(
 
 def _check_sparse(targets: SparseTargets, num_rows: int, device: torch.device, terms: Terms) -> None:
     if terms.kind != "forward_kl":
-        raise ValueError(f"sparse targets serve forward_kl alone, got kind {terms.kind!r}: use the whole teacher")
+        raise ValueError(
+            f"sparse targets serve forward_kl alone, got kind {terms.kind!r}: use the whole teacher"
+        )
     ids_NK, probs_NK, *others = targets
     if ids_NK.dim() != 2 or ids_NK.shape[0] != num_rows or ids_NK.dtype != torch.int64:
         found = f"{ids_NK.dtype} {tuple(ids_NK.shape)}"

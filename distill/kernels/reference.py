@@ -28,7 +28,9 @@ def reference_divergence(
         student = torch.where(weights_N[:, None] == 0, student.detach(), student)
     soft_N, soft_ce_N = _soft_terms(student, teacher, counted_N, terms)
     hard_N = _hard_term(student, labels_N, terms)
-    parts = [weight * term for weight, term in ((terms.soft_factor, soft_N), (terms.hard_weight, hard_N)) if weight]
+    parts = [
+        weight * term for weight, term in ((terms.soft_factor, soft_N), (terms.hard_weight, hard_N)) if weight
+    ]
     loss_N = sum(parts, torch.zeros_like(soft_N))
     if weights_N is not None:
         loss_N = torch.where(weights_N == 0, 0.0, weights_N * loss_N)

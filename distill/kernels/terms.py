@@ -134,5 +134,7 @@ def gold_as_entry(targets: SparseTargets, labels_N: Tensor | None) -> SparseTarg
     extra_N = targets.gold_N.masked_fill(is_known_N | (labels_N == IGNORED_LABEL), 0.0)
     tail_N = None if targets.tail_N is None else (targets.tail_N - extra_N).clamp(min=0.0)
     return SparseTargets(
-        torch.cat([targets.ids_NK, label_N[:, None]], 1), torch.cat([targets.probs_NK, extra_N[:, None]], 1), tail_N
+        torch.cat([targets.ids_NK, label_N[:, None]], 1),
+        torch.cat([targets.probs_NK, extra_N[:, None]], 1),
+        tail_N,
     )
