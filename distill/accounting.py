@@ -80,7 +80,7 @@ class Window:
             values["temperature"] = ramp_at(config.objective.temperature, share)
         values |= {f"weight_{name}": weight for name, weight in weights_at(config.objective, share).items()}
         flops = flops_per_step(
-            self.run.engine.model,
+            self.run.engine.work,
             int(self.tokens),
             total["num_rows"],
             self.run.samples.sequence_length,

@@ -12,6 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.distributed import World, barrier, from_main
@@ -108,32 +109,33 @@ def resume(folder: Path, engine: Engine, data: str, world: World) -> TrainState:
 
 
 def save_to_trajectory(
-    manifest: Manifest, model: PreTrainedModel, tokenizer: Path, state: TrainState, loss: float, world: World
+    manifest: Manifest, engine: Engine, tokenizer: Path, state: TrainState, loss: float, world: World
 ) -> None:
     """Add the model as it is now to the run's trajectory. Collective.
 
     The Hugging Face folder comes first, then its line in the manifest.
     """
+    weights = engine.weights()
     if world.is_main:
         final = manifest.root / f"step_{state.step:08d}"
         if final.exists():  # a resumed run comes here again, with the same weights
             shutil.rmtree(final)
-        export(model, tokenizer, final)
+        export(engine.model, weights, tokenizer, final)
         manifest.add(describe(manifest.root, state.step, final, int(state.tokens), loss))
     barrier(world)
 
 
-def export(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
+def export(model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: Path, folder: Path) -> None:
     """Write a folder that `AutoModel*.from_pretrained` and `AutoTokenizer.from_pretrained` open.
 
-    It appears whole or not at all.
+    weights: the model's state dict, whole. The folder appears whole or not at all.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     if temporary.exists():
         shutil.rmtree(temporary)
     with writing(temporary):
         temporary.mkdir(parents=True)
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         for path in tokenizer.iterdir():
             if path.is_file() and path.name != "config.json":
                 shutil.copy(path, temporary / path.name)

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 Ramp = float | list[list[float]]
-OBJECTIVES = ("forward_kl", "hard")
+OBJECTIVES = ("forward_kl", "reverse_kl", "jsd", "tvd", "hard")
 
 
 def _opt(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -83,15 +83,18 @@ class ObjectiveConfig:
     """What is minimised."""
 
     weights: dict[str, Ramp] = _opt(
-        {}, "weight (a ramp) of each: forward_kl, hard; empty: all on forward_kl with a teacher, else on hard"
+        {},
+        "weight (a ramp) of each: hard, and one of forward_kl, reverse_kl, jsd, tvd; empty: all on forward_kl with a "
+        "teacher, else on hard",
     )
+    beta: float = _opt(0.5, "jsd: the teacher's share of the mixture, 0 (forward KL) to 1 (reverse KL)")
     temperature: Ramp = _opt(
         1.0, "softmax temperature, a ramp; below 1e-4 the teacher's arg-max is the label"
     )
     temperature_on: str = _opt("teacher", "whose logits the temperature divides", ("teacher", "both"))
     temperature_squared: bool = _opt(False, "multiply the divergence by temperature^2")
-    chunk_rows: int = _opt(4096, "rows whose logits are alive at once")
-    kernel: str = _opt("auto", "implementation of the divergence", ("auto", "cpu", "reference"))
+    chunk_rows: int = _opt(0, "rows whose logits are alive at once; 0: by device and vocabulary")
+    kernel: str = _opt("auto", "implementation of the divergence", ("auto", "triton", "cpu", "reference"))
 
 
 @dataclass
@@ -120,7 +123,7 @@ class OptimConfig:
 class EngineConfig:
     """How DeepSpeed holds the student."""
 
-    zero_stage: int = _opt(1, "DeepSpeed ZeRO stage: 0, 1 or 2")
+    zero_stage: int = _opt(1, "DeepSpeed ZeRO stage: 0 to 3; 3 also splits the weights over the ranks")
     dtype: str = _opt(
         "bf16", "dtype of weights and activations; the optimizer's copy is fp32", ("bf16", "fp32")
     )

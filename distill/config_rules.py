@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import math
 
-from distill.config import OBJECTIVES, Config, Ramp, ScheduleConfig, fields_of
+from distill.config import OBJECTIVES, Config, ObjectiveConfig, Ramp, ScheduleConfig, fields_of
 
 SHARES = (
     "data.mask_rate",
     "data.mask_token_share",
     "data.random_token_share",
+    "objective.beta",
     "schedule.early_share",
     "optim.warmup_share",
     "optim.decay_share",
@@ -19,7 +21,6 @@ POSITIVE = (
     "steps",
     "batch_size",
     "data.shuffle_window",
-    "objective.chunk_rows",
     "schedule.speed",
     "save.every",
     "save.keep",
@@ -30,6 +31,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "micro_batch_size",
+    "objective.chunk_rows",
     "data.num_workers",
     "schedule.num_stages",
     "optim.clip",
@@ -38,6 +40,7 @@ NOT_NEGATIVE = (
     "save.trajectory_every",
     "save.trajectory_first",
 )
+COLDEST_SOFT = 1e-4  # below it the teacher is its arg-max
 # A key of the schedule that the chosen kind doesn't read would be ignored in silence.
 READ_BY = {
     "checkpoints": ("one_shot", "equal", "n_t", "two_shot", "speed"),
@@ -67,6 +70,7 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
     at = {key: value for key, _, value in fields_of(c)}
     needs_teacher = any(name != "hard" for name in c.objective.weights)
     kind, stage = c.schedule.kind, c.schedule
+    soft = [name for name in c.objective.weights if name in OBJECTIVES and name != "hard"]
     return [
         *[(0 <= at[k] <= 1, f"{k} must lie in 0 to 1, got {at[k]}") for k in SHARES],
         *[(at[k] > 0, f"{k} must be above 0, got {at[k]}") for k in POSITIVE],
@@ -83,7 +87,10 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             "data.mask_token_share + data.random_token_share must not pass 1, got "
             f"{c.data.mask_token_share} + {c.data.random_token_share}",
         ),
-        (c.engine.zero_stage in (0, 1, 2), f"engine.zero_stage must be 0, 1 or 2, got {c.engine.zero_stage}"),
+        (
+            c.engine.zero_stage in range(4),
+            f"engine.zero_stage must be 0, 1, 2 or 3, got {c.engine.zero_stage}",
+        ),
         (
             not (c.engine.zero_stage == 0 and c.engine.dtype == "bf16"),
             "engine.zero_stage=0 with bf16 takes a wrong first Adam step in DeepSpeed; use zero_stage=1, which costs the same",
@@ -92,6 +99,19 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             (name in OBJECTIVES, f"objective.weights.{name} is unknown{_nearest_of(name, OBJECTIVES)}")
             for name in c.objective.weights
         ],
+        (
+            len(soft) <= 1,
+            f"objective.weights names {' and '.join(soft)}: one divergence from the teacher at a time, keep one",
+        ),
+        (
+            "jsd" in soft or c.objective.beta == ObjectiveConfig().beta,
+            f"objective.beta={c.objective.beta} is read by jsd only, which objective.weights does not name",
+        ),
+        (
+            not _is_infinite_when_cold(c.objective) or _lowest(c.objective.temperature) >= COLDEST_SOFT,
+            f"objective.temperature falls to {_lowest(c.objective.temperature)}, where the teacher is its arg-max and "
+            f"the reverse KL infinite: keep it at {COLDEST_SOFT} or above, or choose another divergence",
+        ),
         (
             bool(c.teacher.trajectory) or not needs_teacher,
             "objective.weights names a teacher's objective but teacher.trajectory is not set; "
@@ -137,6 +157,14 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             "save.trajectory_first needs save.trajectory_every, the steps between the later checkpoints",
         ),
     ]
+
+
+def _is_infinite_when_cold(objective: ObjectiveConfig) -> bool:
+    return "reverse_kl" in objective.weights or ("jsd" in objective.weights and objective.beta == 1)
+
+
+def _lowest(ramp: Ramp) -> float:
+    return min((p[-1] for p in ramp if p), default=math.inf) if isinstance(ramp, list) else ramp
 
 
 def _ramp_problems(ramp: Ramp) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,10 @@ class Batch:
     labels_N: Tensor
     num_tokens: int  # without padding
     sample_ids: Ints
+
+    def without_rows(self) -> Batch:
+        """The same inputs, of which nothing counts."""
+        return replace(self, rows_N=self.rows_N[:0], labels_N=self.labels_N[:0], num_tokens=0)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; from pinned memory the host does not wait for the copy."""
@@ -197,12 +201,19 @@ def train_batches(
 def validation_batches(
     samples: Samples, limit: int, micro: int, rank: int, world_size: int
 ) -> Iterator[Batch]:
-    """This rank's part of at most `limit` samples, spread over the split; the same ones at every validation."""
+    """This rank's part of at most `limit` samples, spread over the split; the same ones at every validation.
+
+    All ranks get the same number of batches, as ZeRO 3 needs it: the last of some may have no rows that count.
+    """
     number = min(limit, len(samples))
-    chosen = (
-        np.arange(number * rank // world_size, number * (rank + 1) // world_size) * len(samples) // number
-    )
-    return iter(_loader(samples, (chosen[s : s + micro] for s in range(0, len(chosen), micro))))
+    first, after = (number * r // world_size for r in (rank, rank + 1))
+    positions = np.arange(first, after) * len(samples) // number
+    parts = [positions[s : s + micro] for s in range(0, len(positions), micro)]
+    largest_share = -(-number // world_size)
+    missing = -(-largest_share // micro) - len(parts)
+    fillers = [np.zeros(1, np.int64)] * missing
+    for index, batch in enumerate(_loader(samples, iter([*parts, *fillers]))):
+        yield batch if index < len(parts) else batch.without_rows()
 
 
 def _loader(samples: Samples, positions: Iterator[Ints]) -> DataLoader[Batch]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from distill.config import Config
 from distill.distributed import World
 from distill.kernels import Divergence
-from distill.models import Inputs, Rows, counted_rows
+from distill.models import Inputs, Rows, counted_hidden, final_layer, head_of, work_of
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -39,12 +39,35 @@ class Student(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.last = model, FusedHead()
 
     def forward(
         self, inputs: Inputs, rows_N: Tensor, labels_N: Tensor, teacher: Rows | None, objective: Any
     ) -> Divergence:
-        return objective(counted_rows(self.model, inputs, rows_N), teacher, labels_N)
+        hidden_ND = counted_hidden(self.model, inputs, rows_N)
+        return self.last(self.model, hidden_ND, labels_N, teacher, objective)
+
+
+class FusedHead(nn.Module):
+    """Final layer and objective in one step. A module, as ZeRO 3 gathers weights around a module's two passes.
+
+    It owns no weights: they keep the names they have in the model.
+    """
+
+    def gathers(self, model: PreTrainedModel) -> None:
+        """Have ZeRO 3 make the final layer's weights whole here, also those tied to an embedding."""
+        for parameter in final_layer(model).parameters():
+            deepspeed.zero.register_external_parameter(self, parameter)
+
+    def forward(
+        self,
+        model: PreTrainedModel,
+        hidden_ND: Tensor,
+        labels_N: Tensor,
+        teacher: Rows | None,
+        objective: Any,
+    ) -> Divergence:
+        return objective(Rows(hidden_ND, head_of(model)), teacher, labels_N)
 
 
 class Engine:
@@ -57,13 +80,37 @@ class Engine:
         optimizer = torch.optim.AdamW(
             groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
         )
+        self.work = work_of(model)  # before ZeRO 3 splits the weights
+        student = Student(model)
+        if config.engine.zero_stage == 3:
+            student.last.gathers(model)
         settings = deepspeed_settings(config, world, accumulation)
-        self._engine, *_ = deepspeed.initialize(model=Student(model), optimizer=optimizer, config=settings)
+        self._engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
+
+    @property
+    def student(self) -> Student:
+        """The student without the engine, for forward passes that nothing is learnt from. Collective in stage 3."""
+        return self._engine.module
 
     @property
     def model(self) -> PreTrainedModel:
-        """The student's weights as they are now, in the dtype of training."""
-        return self._engine.module.model
+        """The student's weights as they are now, in the dtype of training; in stage 3 this rank's parts of them."""
+        return self.student.model
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict of the whole model, on rank 0; empty elsewhere. Collective.
+
+        In stage 3 a copy in the memory of the host, made weight by weight; tied weights share theirs.
+        """
+        state = self.model.state_dict(keep_vars=True)
+        if self._engine.zero_optimization_stage() == 3:
+            whole = {id(p): self._gathered(p) for p in self.model.parameters()}
+            state = {name: whole.get(id(tensor), tensor) for name, tensor in state.items()}
+        return {name: tensor.detach() for name, tensor in state.items()} if self.world.is_main else {}
+
+    def _gathered(self, parameter: nn.Parameter) -> Tensor:
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().to("cpu", copy=True) if self.world.is_main else parameter
 
     def forward(
         self, inputs: Inputs, rows_N: Tensor, labels_N: Tensor, teacher: Rows | None, objective: Any

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
-from transformers import PreTrainedModel
 
-from distill.config import Config, ObjectiveConfig
+from distill.config import Config
 from distill.data import Samples, validation_batches
 from distill.distributed import World, sum_over_ranks
+from distill.engine import Student
 from distill.metrics import Sums, means
-from distill.models import counted_rows
-from distill.objectives import HARD
-from distill.objectives.forward_kl import forward_kl
+from distill.objectives import hard_labels
 
 SEED = 0  # of the validation masks: the same for all runs, so that their figures compare
 
@@ -32,23 +29,17 @@ def validation_samples(config: Config) -> Samples:
 
 @torch.no_grad()
 def validate(
-    model: PreTrainedModel, samples: Samples, config: Config, micro: int, world: World
+    student: Student, samples: Samples, config: Config, micro: int, world: World
 ) -> dict[str, float]:
-    """Hard loss in nats a counted token, top-1 accuracy and perplexity, over all ranks."""
-    objective = partial(
-        forward_kl,
-        config=ObjectiveConfig(chunk_rows=config.objective.chunk_rows, kernel=config.objective.kernel),
-        weights=HARD,
-        temperature=1.0,
-        vocab_size=samples.tokenizer.vocab_size,
-    )
-    was_training = model.training
-    model.eval()
+    """Hard loss in nats a counted token, top-1 accuracy and perplexity, over all ranks. Collective."""
+    objective = hard_labels(config.objective, samples.tokenizer.vocab_size)
+    was_training = student.training
+    student.eval()
     sums = Sums(world.device)
     for batch in validation_batches(samples, config.log.eval_samples, micro, world.rank, world.size):
         batch = batch.to(world.device)
-        sums.add(objective(counted_rows(model, batch.inputs, batch.rows_N), None, batch.labels_N))
-    model.train(was_training)
+        sums.add(student(batch.inputs, batch.rows_N, batch.labels_N, None, objective))
+    student.train(was_training)
     local = sums.read()
     found = means(dict(zip(local, sum_over_ranks(list(local.values()), world), strict=False)))
     return {

@@ -11,7 +11,7 @@ from distill.checkpoint import export, saved_checkpoints
 from distill.config import Config
 from distill.config_reader import load_config
 from distill.data import Samples
-from distill.engine import saved_weights
+from distill.engine import Student, saved_weights
 from distill.evaluate import validate, validation_samples
 from distill.models import DTYPES, cast_parameters, load_model, quiet_transformers
 from distill.run_folder import CONFIG
@@ -40,7 +40,7 @@ def export_run(run_dir: Path, out: Path) -> Path:
     model = student_model(config, Samples(config.data, "train", config.seed, shuffle=True))
     model.load_state_dict(saved_weights(saved[-1]))
     cast_parameters(model, DTYPES[config.engine.dtype])
-    export(model, Path(config.data.shards) / "tokenizer", out)
+    export(model, model.state_dict(), Path(config.data.shards) / "tokenizer", out)
     return out
 
 
@@ -51,4 +51,4 @@ def evaluate_folder(folder: Path, config: Config) -> dict[str, float]:
     samples = validation_samples(config)
     model = load_model(config.data.task, folder, DTYPES[config.engine.dtype], samples.sequence_length)
     model.to(device=world.device)  # type: ignore[call-arg]  # transformers wraps Module.to untyped
-    return validate(model, samples, config, layout(config, world)[0], world)
+    return validate(Student(model), samples, config, layout(config, world)[0], world)

@@ -22,15 +22,18 @@ from distill.kernels import Divergence
 
 log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
-SUMS = ("loss", "kl", "soft_ce", "hard", "num_correct", "num_rows")
+SUMS = ("loss", "soft", "soft_ce", "hard", "num_correct", "num_rows")
 # Keys that depend on the clock: two equal runs differ in these alone.
 CLOCK = ("seconds", "tokens_per_second", "mfu", "teacher_share", "stall_seconds")
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
-    """Per counted token: loss (as weighted), kl, soft_ce, hard in nats; accuracy is the share of top-1 hits."""
+    """Per counted token, in nats: loss (as weighted), soft (the objective's divergence from the teacher), soft_ce, hard.
+
+    accuracy is the share of top-1 hits.
+    """
     rows = max(sums["num_rows"], 1.0)
-    named = {key: sums[key] / rows for key in ("loss", "kl", "soft_ce", "hard")}
+    named = {key: sums[key] / rows for key in ("loss", "soft", "soft_ce", "hard")}
     return {**named, "accuracy": sums["num_correct"] / rows}
 
 
@@ -132,11 +135,11 @@ class Log:
 
 
 def terminal_line(kind: str, step: int, values: dict[str, Any]) -> str:
-    """One line: `loss` is what is optimised, `labels` the hard labels' part; shares are of the seconds."""
+    """One line: `loss` is what is optimised, `labels` and `soft` its parts unweighted; shares are of the seconds."""
     shown = {
         "loss": "loss {:.3f}",
         "hard": "labels {:.3f}",
-        "kl": "kl {:.3f}",
+        "soft": "soft {:.3f}",
         "accuracy": "top-1 {:.3f}",
         "perplexity": "perplexity {:.1f}",
         "grad_norm": "norm {:.2f}",

@@ -25,6 +25,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from distill.head import Head
+
 AUTO = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
 ARCHITECTURES = {"mlm": ("bert", "modernbert"), "clm": ("gpt2", "gpt_neox", "llama")}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -32,10 +34,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # scales and caps that models use make 0.01 and more.
 SPLIT_TOLERANCE = 1e-3
 
-# From last hidden state to logits, by model type; models not named here have a plain linear output layer.
-HEADS: dict[str, Callable[[Any], nn.Module]] = {
-    "bert": lambda model: model.cls,
-    "modernbert": lambda model: nn.Sequential(model.head, model.decoder),
+# What stands between the trunk and the final linear layer, by model type; nothing in models not named here.
+TRANSFORMS: dict[str, Callable[[Any], nn.Module]] = {
+    "bert": lambda model: model.cls.predictions.transform,
+    "modernbert": lambda model: model.head,
 }
 
 # No dropout: pre-training at less than one epoch doesn't overfit, and the teacher's and the student's masks
@@ -57,7 +59,15 @@ class Rows(NamedTuple):
     """The rows that count, hidden_ND (N rows, width D), and the head that makes logits_NV of them."""
 
     hidden_ND: Tensor
-    head: Callable[[Tensor], Tensor]
+    head: Head
+
+
+class Work(NamedTuple):
+    """What a model multiplies by, counted while its weights are whole."""
+
+    trunk: int  # numbers in weight matrices that every token meets
+    head: int  # that every counted row meets
+    attention: int  # layers * width: multiply-adds of a pair of positions, halved
 
 
 class Inputs(NamedTuple):
@@ -178,14 +188,19 @@ def _check_positions(config: PretrainedConfig, sequence_length: int, key: str) -
         raise ValueError(f"{key} is {positions}, but the shards hold sequences of {sequence_length} tokens")
 
 
-def head_of(model: PreTrainedModel) -> nn.Module:
-    """The module that makes logits of the trunk's last hidden state."""
-    find = HEADS.get(model.config.model_type)
-    return find(model) if find else typing.cast(nn.Module, model.get_output_embeddings())
+def final_layer(model: PreTrainedModel) -> nn.Linear:
+    """The linear layer that meets the vocabulary."""
+    return typing.cast(nn.Linear, model.get_output_embeddings())
 
 
-def counted_rows(model: PreTrainedModel, inputs: Inputs, rows_N: Tensor) -> Rows:
-    """Trunk over the whole batch, then only the rows that count.
+def head_of(model: PreTrainedModel) -> Head:
+    """The final layer's weights themselves, no copy, and the softcap that `transformers` puts on its logits."""
+    layer = final_layer(model)
+    return Head(layer.weight, layer.bias, getattr(model.config, "final_logit_softcapping", None))
+
+
+def counted_hidden(model: PreTrainedModel, inputs: Inputs, rows_N: Tensor) -> Tensor:
+    """Trunk over the whole batch, then what the final layer reads, [N, D], of the rows that count only.
 
     rows_N: int64 indices into the flattened [B*L] positions.
     """
@@ -193,7 +208,14 @@ def counted_rows(model: PreTrainedModel, inputs: Inputs, rows_N: Tensor) -> Rows
     output = model.base_model(
         input_ids=inputs.input_ids_BL, attention_mask=mask, position_ids=inputs.position_ids_BL
     )
-    return Rows(output.last_hidden_state.flatten(0, 1)[rows_N], head_of(model))
+    hidden_ND = output.last_hidden_state.flatten(0, 1)[rows_N]
+    transform = TRANSFORMS.get(model.config.model_type)
+    return transform(model)(hidden_ND) if transform else hidden_ND
+
+
+def counted_rows(model: PreTrainedModel, inputs: Inputs, rows_N: Tensor) -> Rows:
+    """`counted_hidden` with the head that reads it."""
+    return Rows(counted_hidden(model, inputs, rows_N), head_of(model))
 
 
 def _masks_by_layer_type(config: PretrainedConfig, mask: Tensor | None) -> Tensor | dict[str, Tensor] | None:
@@ -238,24 +260,26 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def flops_per_step(
-    model: PreTrainedModel, num_tokens: int, num_rows: float, length: int, backward: bool
-) -> float:
+def work_of(model: PreTrainedModel) -> Work:
+    """Counts the weight matrices. Embedding look-ups are free."""
+    transform = TRANSFORMS.get(model.config.model_type)
+    layers = [final_layer(model), *([transform(model)] if transform else [])]
+    head = [p for layer in layers for p in layer.parameters() if p.dim() == 2]
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    apart = {id(p) for p in (*head, *embeddings)}
+    trunk = sum(p.numel() for p in model.base_model.parameters() if p.dim() == 2 and id(p) not in apart)
+    attention = model.config.num_hidden_layers * model.config.hidden_size
+    return Work(trunk, sum(p.numel() for p in head), attention)
+
+
+def flops_per_step(work: Work, num_tokens: int, num_rows: float, length: int, backward: bool) -> float:
     """Floating-point operations over `num_tokens` tokens of which `num_rows` rows meet the head.
 
     Two per multiply-add of every weight matrix that a token meets, plus attention's 4*length*width per token
-    and layer (Kaplan et al. 2020, table 1, without halving for causality). Embedding look-ups are free. A
-    backward is twice the forward and comes on top of it.
+    and layer (Kaplan et al. 2020, table 1, without halving for causality). A backward is twice the forward and
+    comes on top of it.
     """
-    head = head_of(model)
-    in_head = {id(p) for p in head.parameters()}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trunk = sum(
-        p.numel() for p in model.base_model.parameters() if p.dim() == 2 and id(p) not in embeddings | in_head
-    )
-    heads = sum(p.numel() for p in head.parameters() if p.dim() == 2)
-    attention = 2 * length * model.config.num_hidden_layers * model.config.hidden_size
-    forward = 2.0 * (num_tokens * (trunk + attention) + num_rows * heads)
+    forward = 2.0 * (num_tokens * (work.trunk + 2 * length * work.attention) + num_rows * work.head)
     return forward * (3 if backward else 1)
 
 

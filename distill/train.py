@@ -61,12 +61,12 @@ def train(config: Config) -> dict[str, Any]:
             if due.log:
                 rows.row("train", state.step, window.row(state, lr, grad_norm))
             if due.validate:
-                found = validate(run.engine.model, run.validation, config, run.micro, world)
+                found = validate(run.engine.student, run.validation, config, run.micro, world)
                 refuse_diverged(found["hard"], "validation loss", state, config)
                 rows.row("validation", state.step, found)
             if run.manifest and due.leave_checkpoint:
                 checkpoint.save_to_trajectory(
-                    run.manifest, run.engine.model, run.tokenizer, state, found["hard"], world
+                    run.manifest, run.engine, run.tokenizer, state, found["hard"], world
                 )
             stop = agree_on_stop(stop_signal(), world)
             if due.save or stop:
@@ -110,11 +110,12 @@ def train_step(
 def finish(run: Run, state: TrainState, found: dict[str, float]) -> dict[str, Any]:
     """Export the trained model, complete the trajectory, mark the run as done."""
     if not found:  # killed between the last checkpoint and the mark
-        found = validate(run.engine.model, run.validation, run.config, run.micro, run.world)
+        found = validate(run.engine.student, run.validation, run.config, run.micro, run.world)
     result = {"step": state.step, "samples": state.consumed, "tokens": state.tokens, **found}
+    weights = run.engine.weights()
     if run.world.is_main:
         if not (run.folder / "model").exists():
-            checkpoint.export(run.engine.model, run.tokenizer, run.folder / "model")
+            checkpoint.export(run.engine.model, weights, run.tokenizer, run.folder / "model")
         if run.manifest:
             run.manifest.complete = True
             run.manifest.write()

@@ -11,10 +11,11 @@ import pytest
 import yaml
 from tiny import ROOT
 
-from distill.config import Config, fields_of, help_text, to_yaml
+from distill.config import OBJECTIVES, Config, fields_of, help_text, to_yaml
 from distill.config_reader import ConfigError, coerce, load_config
-from distill.config_rules import check
+from distill.config_rules import COLDEST_SOFT, check
 from distill.experiments.wiki_books import arms
+from distill.kernels.terms import ARGMAX_BELOW, KINDS
 
 CONFIGS = ROOT / "distill" / "configs"
 NEEDED = ["run_dir=runs/x", "data.shards=shards"]
@@ -29,7 +30,7 @@ model.architecture model.overrides model.init_from
 teacher.trajectory teacher.dtype
 schedule.kind schedule.checkpoints schedule.num_stages schedule.stage_steps schedule.early_share
 schedule.stages schedule.speed
-objective.weights objective.temperature objective.temperature_on objective.temperature_squared
+objective.weights objective.beta objective.temperature objective.temperature_on objective.temperature_squared
 objective.chunk_rows objective.kernel
 optim.lr optim.beta1 optim.beta2 optim.eps optim.weight_decay optim.clip optim.warmup_share optim.decay
 optim.decay_share optim.final_lr_share
@@ -110,7 +111,7 @@ def test_all_problems_are_told_at_once() -> None:
 
 
 def test_all_contradictions_are_told_at_once() -> None:
-    found = problems("steps=0", "optim.warmup_share=2", "engine.zero_stage=3", "schedule.kind=n_t")
+    found = problems("steps=0", "optim.warmup_share=2", "engine.zero_stage=4", "schedule.kind=n_t")
     assert len(found) == 6  # and neither run_dir nor data.shards is set
 
 
@@ -156,6 +157,31 @@ def test_key_or_value_that_is_not_understood_is_named(assignment: str, said: str
         (["optim.beta2=1"], "optim.beta2 must be at least 0 and below 1, got 1.0"),
         (["micro_batch_size=-2"], "micro_batch_size must not be negative, got -2"),
         (["engine.zero_stage=0"], "takes a wrong first Adam step"),
+        (["engine.zero_stage=4"], "engine.zero_stage must be 0, 1, 2 or 3, got 4"),
+        (["objective.beta=1.5"], "objective.beta must lie in 0 to 1, got 1.5"),
+        (["objective.beta=0.1"], "objective.beta=0.1 is read by jsd only"),
+        (["objective.chunk_rows=-1"], "objective.chunk_rows must not be negative, got -1"),
+        (
+            ["teacher.trajectory=t", "objective.weights={forward_kl: 1, tvd: 1}"],
+            "objective.weights names forward_kl and tvd: one divergence from the teacher at a time, keep one",
+        ),
+        (
+            [
+                "teacher.trajectory=t",
+                "objective.weights={reverse_kl: 1}",
+                "objective.temperature=[[0, 1], [1, 0]]",
+            ],
+            "objective.temperature falls to 0.0, where the teacher is its arg-max",
+        ),
+        (
+            [
+                "teacher.trajectory=t",
+                "objective.weights={jsd: 1}",
+                "objective.beta=1",
+                "objective.temperature=0",
+            ],
+            "the reverse KL infinite: keep it at 0.0001 or above",
+        ),
         (["objective.weights={hrd: 1}"], "objective.weights.hrd is unknown; did you mean hard?"),
         (["objective.weights={forward_kl: 1}"], "teacher.trajectory is not set"),
         (["teacher.trajectory=t", "objective.weights={hard: 1}"], "the teacher would run for nothing"),
@@ -195,6 +221,17 @@ def test_key_or_value_that_is_not_understood_is_named(assignment: str, said: str
 )
 def test_contradiction_is_refused_with_the_value(assignments: list[str], said: str) -> None:
     assert said in "\n".join(problems(*NEEDED, *assignments))
+
+
+def test_objectives_are_those_of_the_kernels_and_hard_labels() -> None:
+    assert OBJECTIVES == (*KINDS, "hard")
+    assert COLDEST_SOFT == ARGMAX_BELOW
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "hard"])
+def test_every_divergence_can_be_mixed_with_hard_labels(name: str) -> None:
+    config = load_config([], [*WITH_TEACHER, f"objective.weights={{{name}: 0.5, hard: 0.5}}"])
+    assert config.objective.weights == {name: 0.5, "hard": 0.5}
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "steps: [1\n", "\xff\xfe".encode("latin-1"), None])

@@ -21,6 +21,7 @@ FLOORS = {
         "config_rules",
         "schedule",
         "distributed",
+        "head",
         "models",
         "targets",
         "files",

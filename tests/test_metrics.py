@@ -26,8 +26,8 @@ CPU = torch.device("cpu")
 
 
 def test_means_are_per_counted_token_and_nothing_counted_is_zero() -> None:
-    sums = {"loss": 8.0, "kl": 4.0, "soft_ce": 6.0, "hard": 10.0, "num_correct": 1.0, "num_rows": 4.0}
-    assert means(sums) == {"loss": 2.0, "kl": 1.0, "soft_ce": 1.5, "hard": 2.5, "accuracy": 0.25}
+    sums = {"loss": 8.0, "soft": 4.0, "soft_ce": 6.0, "hard": 10.0, "num_correct": 1.0, "num_rows": 4.0}
+    assert means(sums) == {"loss": 2.0, "soft": 1.0, "soft_ce": 1.5, "hard": 2.5, "accuracy": 0.25}
     assert set(means(dict.fromkeys(SUMS, 0.0)).values()) == {0.0}
 
 

@@ -21,6 +21,7 @@ from distill.models import (
     flops_per_step,
     load_model,
     num_parameters,
+    work_of,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and torch, about each other
@@ -286,8 +287,8 @@ def test_flops_follow_the_weights_that_a_token_meets(architecture: str) -> None:
     head = sum(m.weight.numel() for m in in_head)
     layers = net.config.num_hidden_layers
     expected = 2.0 * 100 * trunk + 4.0 * 100 * LENGTH * 32 * layers + 2.0 * 15 * head
-    assert flops_per_step(net, 100, 15, LENGTH, backward=False) == expected
-    assert flops_per_step(net, 100, 15, LENGTH, backward=True) == 3 * expected
+    assert flops_per_step(work_of(net), 100, 15, LENGTH, backward=False) == expected
+    assert flops_per_step(work_of(net), 100, 15, LENGTH, backward=True) == 3 * expected
 
 
 def name_of(net: torch.nn.Module, wanted: torch.nn.Module) -> str:

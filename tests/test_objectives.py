@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill.config import DataConfig, ObjectiveConfig
 from distill.data import IGNORE, attention, mask_tokens, next_tokens
-from distill.kernels import divergence
+from distill.kernels import Head, divergence
 from distill.models import Inputs, Rows, build_model, counted_rows
 from distill.objectives import make_objective, weights_at
 
@@ -25,7 +25,7 @@ def logits(seed: int, rows: int = 12) -> Tensor:
 
 def rows_of(logits_NV: Tensor) -> Rows:
     """Rows whose hidden states are their logits."""
-    return Rows(logits_NV, lambda hidden: hidden)
+    return Rows(logits_NV, Head(torch.eye(VOCABULARY)))
 
 
 def objective(share: float = 0.0, **keys: Any) -> Any:
@@ -43,7 +43,7 @@ def test_weights_and_temperature_follow_their_ramps() -> None:
         assert weights_at(config, share) == {"forward_kl": 1 - share, "hard": 0.25}
         found = make_objective(config, share, VOCABULARY)(rows_of(logits(1)), rows_of(logits(2)), LABELS)
         expected = divergence(
-            logits(1), logits(2), LABELS, kl_weight=1 - share, hard_weight=0.25, temperature=2 - share
+            logits(1), logits(2), LABELS, soft_weight=1 - share, hard_weight=0.25, temperature=2 - share
         )
         assert found == expected
 
@@ -56,7 +56,7 @@ def test_chunks_of_rows_are_summed() -> None:
         rows_of(logits(1)), rows_of(logits(2)), LABELS
     )
     assert int(parts.num_rows) == int(whole.num_rows) == 12
-    for name in ("loss", "kl", "soft_ce", "hard"):
+    for name in ("loss", "soft", "soft_ce", "hard"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
 
 
@@ -67,7 +67,7 @@ def test_kl_and_its_gradient_are_zero_where_student_and_teacher_agree(kernel: st
         rows_of(student), rows_of(logits(1)), LABELS
     )
     terms.loss.backward()
-    assert float(terms.kl) == pytest.approx(0, abs=1e-5)
+    assert float(terms.soft) == pytest.approx(0, abs=1e-5)
     assert student.grad is not None
     assert float(student.grad.abs().max()) < 1e-6
 

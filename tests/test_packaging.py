@@ -118,7 +118,7 @@ import logging, torch, distill.kernels as kernels
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 logits = torch.eye(3)
 for _ in range(2):
-    print(kernels.divergence(logits, logits, None).kl.item())
+    print(kernels.divergence(logits, logits, None).soft.item())
 kernels.divergence(logits, logits, None, impl="cpu")
 """
     done = python("-c", script, DISTILL_CSRC="0")

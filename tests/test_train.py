@@ -26,6 +26,7 @@ from tiny import (
 import distill.train as loop
 from distill import evaluate
 from distill.build import layout
+from distill.config import ObjectiveConfig
 from distill.distributed import World
 from distill.metrics import CLOCK, read_rows
 from distill.models import ARCHITECTURES
@@ -72,7 +73,7 @@ def test_rows_come_when_they_are_due_and_say_all_keys(
         read_rows(tmp_path / "run" / "metrics.jsonl", kind)[0] for kind in ("train", "validation")
     )
     assert set(train) == {
-        "kind", "step", "samples", "loss", "kl", "soft_ce", "hard", "accuracy", "grad_norm", "lr", "teacher_step",
+        "kind", "step", "samples", "loss", "soft", "soft_ce", "hard", "accuracy", "grad_norm", "lr", "teacher_step",
         "temperature", "weight_forward_kl", *CLOCK,
     }  # fmt: skip
     assert set(validation) == {"kind", "step", "hard", "accuracy", "perplexity"}
@@ -113,13 +114,13 @@ def test_seconds_of_a_row_are_those_of_its_steps_without_validations_and_saves(
 def test_validation_takes_the_kernel_and_the_rows_at_once_of_the_config(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken, plain = [], evaluate.forward_kl
+    taken, plain = [], evaluate.hard_labels
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        taken.append((kwargs["config"].kernel, kwargs["config"].chunk_rows))
-        return plain(*args, **kwargs)
+    def watched(config: ObjectiveConfig, vocab_size: int) -> Any:
+        taken.append((config.kernel, config.chunk_rows))
+        return plain(config, vocab_size)
 
-    monkeypatch.setattr(evaluate, "forward_kl", watched)
+    monkeypatch.setattr(evaluate, "hard_labels", watched)
     changes = {"objective__kernel": "reference", "objective__chunk_rows": 7}
     loop.train(config(shards, tmp_path / "run", **changes, steps=1))
     assert set(taken) == {("reference", 7)}

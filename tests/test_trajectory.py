@@ -105,7 +105,7 @@ def test_student_learns_from_a_teacher_with_padded_logits_and_other_architecture
         assert (manifest.architecture, manifest.vocab_size) == ("modernbert", VOCABULARY + 16)
         taught = {"teacher__trajectory": str(manifest.root), "steps": 2, "log__every": 1}
         distill(["train", *settings(shards, tmp_path / f"of_{name}", **taught)], tmp_path).ok()
-        assert all(row["kl"] > 0 for row in rows(tmp_path / f"of_{name}", "train"))
+        assert all(row["soft"] > 0 for row in rows(tmp_path / f"of_{name}", "train"))
 
 
 def test_indexing_a_folder_finds_what_the_run_wrote(trajectory: Path) -> None:

@@ -25,8 +25,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from distill.head import Head
 from distill.kernels.autograd import differentiable
 from distill.kernels.checks import check_tensors, real_vocabulary
+from distill.kernels.linear import linear_divergence, linear_sparse_divergence
 from distill.kernels.picker import Impl, pick
 from distill.kernels.reference import reference_divergence, reference_value_and_grad
 from distill.kernels.terms import (
@@ -40,7 +42,16 @@ from distill.kernels.terms import (
     resolve_terms,
 )
 
-__all__ = ["IGNORED_LABEL", "Divergence", "SparseTargets", "divergence", "sparse_divergence"]
+__all__ = [
+    "IGNORED_LABEL",
+    "Divergence",
+    "Head",
+    "SparseTargets",
+    "divergence",
+    "linear_divergence",
+    "linear_sparse_divergence",
+    "sparse_divergence",
+]
 
 
 def divergence(

@@ -5,14 +5,16 @@ The training loop knows none of them by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
 from distill.config import ObjectiveConfig
 from distill.kernels import Divergence
 from distill.models import Rows
-from distill.objectives.forward_kl import forward_kl
+from distill.objectives.soft_labels import soft_and_hard_labels
 from distill.schedule import ramp_at
 
 Objective = Callable[[Rows, Rows | None, Tensor], Divergence]
@@ -24,18 +26,16 @@ def weights_at(config: ObjectiveConfig, share: float) -> dict[str, float]:
 
 
 def make_objective(config: ObjectiveConfig, share: float, vocab_size: int) -> Objective:
-    """The weighted objective at `share` of the budget.
-
-    Forward KL and hard labels are one pass over the logits.
-    """
-    weights = weights_at(config, share)
-
-    def objective(student: Rows, teacher: Rows | None, labels_N: Tensor) -> Divergence:
-        return forward_kl(
-            student, teacher, labels_N, config, weights, ramp_at(config.temperature, share), vocab_size
-        )
-
-    return objective
+    """The weighted objective at `share` of the budget."""
+    return partial(
+        soft_and_hard_labels,
+        config=config,
+        weights=weights_at(config, share),
+        temperature=ramp_at(config.temperature, share),
+        vocab_size=vocab_size,
+    )
 
 
-HARD: Mapping[str, float] = {"hard": 1.0}  # the objective of every validation
+def hard_labels(config: ObjectiveConfig, vocab_size: int) -> Objective:
+    """The objective of every validation, computed as `config` says, whatever it trains on."""
+    return make_objective(replace(config, weights={"hard": 1.0}, temperature=1.0), 0.0, vocab_size)
