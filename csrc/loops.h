@@ -1,0 +1,74 @@
+// The loops over the columns of a row, one table of them for each instruction set. No torch in this file.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace distill {
+
+enum Dtype { kFloat, kBfloat16, kHalf, kNumDtypes };
+
+constexpr int64_t kBlock = 1024;  // columns handled at a time: a block of both models stays in the first cache
+constexpr int64_t kLanes = 16;    // of the widest instruction set; blocks are padded with -inf to a multiple
+constexpr float kLowest = -87.0f;  // e^x counts as 0 from just below here, where it leaves the normal floats
+
+constexpr int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+constexpr int64_t size_of(Dtype dtype) { return dtype == kFloat ? 4 : 2; }
+
+// How logits become x, the argument of exp: (logit - shift) * scale.
+struct Shift {
+  float shift, scale;
+};
+
+// Sums over a block, in float.
+struct PairSums {
+  float student, teacher;  // of the exponentials e_s, e_t
+  float log_ratio;         // e_t * (x_t - x_s); for the reverse KL e_s * (x_s - x_t - center)
+  float cross;             // e_t * x_s
+};
+struct MixSums {
+  float value, mean;
+};
+
+// `n` is a multiple of kLanes everywhere but in `widen` and `narrow`. Where a weight is 0 its term is 0, even if a
+// logit is infinite; NaN goes through all of them. Scratch rows e_s, e_t are aligned to 64 bytes, logits are not.
+struct Loops {
+  const char* name;
+  // Largest of x; a NaN may be passed over.
+  float (*maximum)(const float* x, int64_t n);
+  // n logits of a dtype as floats, padded with -inf to a multiple of kLanes. Returns the largest.
+  float (*widen[kNumDtypes])(const void* x, int64_t n, float* out);
+  // Rounds to nearest, ties to even.
+  void (*narrow[kNumDtypes])(const float* x, int64_t n, void* out);
+  bool (*has_nan)(const float* x, int64_t n);
+  // e = exp of x; returns their sum. May be done in place.
+  float (*exps)(const float* x, int64_t n, Shift shift, float* e);
+  PairSums (*pair)(const float* s, const float* t, int64_t n, Shift s_shift, Shift t_shift, float* e_s, float* e_t);
+  // As `pair`, but leaves x_s - x_t - center in `ratio`, in place of e_t, and sums that.
+  PairSums (*pair_reverse)(const float* s, const float* t, int64_t n, Shift s_shift, Shift t_shift, float center,
+                           float* e_s, float* ratio);
+  // With p = a e_s, q = b e_t, m = beta q + (1 - beta) p. Leaves v = log(p / m) in e_t and returns the sums of
+  // q log(q / m) and p v.
+  MixSums (*mix)(const float* e_s, float* e_t, int64_t n, float a, float b, float beta);
+  // Leaves v = sign(p - q) in e_t; returns the sums of |p - q| and p v.
+  MixSums (*distance)(const float* e_s, float* e_t, int64_t n, float a, float b);
+  // out = a e
+  void (*scaled)(const float* e, int64_t n, float a, float* out);
+  // out += a e
+  void (*add)(const float* e, int64_t n, float a, float* out);
+  // out = a e_s - b e_t
+  void (*difference)(const float* e_s, const float* e_t, int64_t n, float a, float b, float* out);
+  // out = a e_s (v - c), with c to more than a float's digits: both are large where the teacher is sharp
+  void (*product)(const float* e_s, const float* v, int64_t n, float a, double c, float* out);
+};
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DISTILL_X86 1
+extern const Loops kAvx512Loops, kAvx2Loops;
+#endif
+extern const Loops kPortableLoops;
+
+// The loops this processor can run, best first.
+std::vector<const Loops*> available_loops();
+
+}  // namespace distill

@@ -1,0 +1,218 @@
+// The loops of loops.h, written once for any instruction set S: a struct with a vector type F of S::kWidth floats
+// and the operations on it (isa_portable.cpp has them all in plain C++). Included by the isa_*.cpp alone.
+#pragma once
+
+#include "loops.h"
+
+namespace distill {
+
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kSmallest = 1.17549435e-38f;  // normal float
+
+// e^x for x <= 0 with relative error below 2e-7; exactly 0 from kLowest - 0.7 on; NaN stays NaN.
+// x = n ln 2 + r with |r| <= ln 2 / 2; e^x = 2^n e^r; the polynomial (minimax) is off by 9e-8.
+template <class S>
+inline typename S::F exp_negative(typename S::F x) {
+  x = S::max(S::set(kLowest - 1), x);
+  const auto shift = S::set(12582912.0f + 127.0f);  // 1.5 * 2^23: adding it rounds; 127 is the bias of exponents
+  const auto shifted = S::fma(x, S::set(1.44269504f), shift);
+  const auto n = S::sub(shifted, shift);
+  auto r = x;
+  if constexpr (S::kFused) {
+    r = S::fma(n, S::set(-0.693147182f), x);  // rounded once; the float nearest to ln 2 is off by 2e-9 only
+  } else {
+    r = S::fma(n, S::set(2.12194440e-4f), S::fma(n, S::set(-0.693359375f), x));  // n * 355 / 512 is exact
+  }
+  auto p = S::fma(S::set(8.29031e-3f), r, S::set(4.189798e-2f));
+  p = S::fma(p, r, S::set(1.6667637e-1f));
+  p = S::fma(p, r, S::set(4.9999149e-1f));
+  p = S::fma(p, r, S::set(9.9999971e-1f));
+  p = S::fma(p, r, S::set(1.0f));
+  return S::mul(p, S::power_of_two(shifted));  // n = -127 gives 0
+}
+
+// log x for normal x > 0 with absolute error below 1e-7 near 1 and relative error below 2e-7 elsewhere (the
+// polynomial of Cephes' logf); NaN stays NaN.
+template <class S>
+inline typename S::F log_positive(typename S::F x) {
+  typename S::F exponent;
+  const auto f = S::sub(S::mantissa(x, &exponent), S::set(1.0f));  // in sqrt(1/2) - 1 .. sqrt(2) - 1
+  const auto square = S::mul(f, f);
+  auto p = S::fma(S::set(7.0376836292e-2f), f, S::set(-1.1514610310e-1f));
+  constexpr float kRest[] = {1.1676998740e-1f,  -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
+                             2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+  for (const float c : kRest) p = S::fma(p, f, S::set(c));
+  p = S::fma(S::mul(f, square), p, S::mul(S::set(-0.5f), square));
+  return S::fma(exponent, S::set(0.693147182f), S::add(p, f));
+}
+
+template <class S>
+struct LoopsOf {
+  using F = typename S::F;
+  static constexpr int64_t W = S::kWidth;
+
+  static F argument(F x, Shift shift) { return S::mul(S::sub(x, S::set(shift.shift)), S::set(shift.scale)); }
+
+  static float maximum(const float* x, int64_t n) {
+    F most = S::set(-kInfinity);
+    for (int64_t i = 0; i < n; i += W) most = S::max(S::load(x + i), most);
+    return S::horizontal_max(most);
+  }
+
+  template <Dtype dtype>
+  static float widen(const void* x, int64_t n, float* out) {
+    const char* from = static_cast<const char*>(x);
+    F most = S::set(-kInfinity);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int64_t j = i; j < i + kLanes; j += W) {
+        const F value = S::template load_as<dtype>(from + j * size_of(dtype));
+        S::store(out + j, value);
+        most = S::max(value, most);
+      }
+    }
+    float result = S::horizontal_max(most);
+    if (i == n) return result;
+    alignas(64) char rest[kLanes * sizeof(float)] = {};
+    __builtin_memcpy(rest, from + i * size_of(dtype), static_cast<size_t>((n - i) * size_of(dtype)));
+    for (int64_t j = 0; j < kLanes; j += W) S::store(out + i + j, S::template load_as<dtype>(rest + j * size_of(dtype)));
+    for (int64_t j = i; j < i + kLanes; ++j) {
+      out[j] = j < n ? out[j] : -kInfinity;
+      result = out[j] > result ? out[j] : result;
+    }
+    return result;
+  }
+
+  template <Dtype dtype>
+  static void narrow(const float* x, int64_t n, void* out) {
+    char* to = static_cast<char*>(out);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) S::template store_as<dtype>(to + i * size_of(dtype), S::load(x + i));
+    if (i == n) return;
+    alignas(64) char rest[W * sizeof(float)];
+    S::template store_as<dtype>(rest, S::load(x + i));
+    __builtin_memcpy(to + i * size_of(dtype), rest, static_cast<size_t>((n - i) * size_of(dtype)));
+  }
+
+  static bool has_nan(const float* x, int64_t n) {
+    F sum = S::set(0);  // 0 * (x clipped to finite) would be 0: only a NaN changes it
+    for (int64_t i = 0; i < n; i += W) {
+      const F finite = S::max(S::set(-1), S::min(S::set(1), S::load(x + i)));
+      sum = S::fma(S::set(0), finite, sum);
+    }
+    return S::sum(sum) != 0;
+  }
+
+  static float exps(const float* x, int64_t n, Shift shift, float* e) {
+    F sum = S::set(0);
+    for (int64_t i = 0; i < n; i += W) {
+      const F value = exp_negative<S>(argument(S::load(x + i), shift));
+      S::store(e + i, value);
+      sum = S::add(sum, value);
+    }
+    return S::sum(sum);
+  }
+
+  static PairSums pair(const float* s, const float* t, int64_t n, Shift s_shift, Shift t_shift, float* e_s,
+                       float* e_t) {
+    return pair_of<false>(s, t, n, s_shift, t_shift, 0, e_s, e_t);
+  }
+
+  static PairSums pair_reverse(const float* s, const float* t, int64_t n, Shift s_shift, Shift t_shift, float center,
+                               float* e_s, float* ratio) {
+    return pair_of<true>(s, t, n, s_shift, t_shift, center, e_s, ratio);
+  }
+
+  template <bool reverse>
+  static PairSums pair_of(const float* s, const float* t, int64_t n, Shift s_shift, Shift t_shift, float center,
+                          float* e_s, float* other) {
+    F student = S::set(0), teacher = S::set(0), log_ratio = S::set(0), cross = S::set(0);
+    for (int64_t i = 0; i < n; i += W) {
+      const F x_s = argument(S::load(s + i), s_shift), x_t = argument(S::load(t + i), t_shift);
+      const F p = exp_negative<S>(x_s), q = exp_negative<S>(x_t);
+      student = S::add(student, p);
+      teacher = S::add(teacher, q);
+      cross = S::fma(q, S::where_positive(q, x_s), cross);
+      if (reverse) {
+        const F ratio = S::where_positive(p, S::sub(x_s, S::add(x_t, S::set(center))));
+        log_ratio = S::fma(p, ratio, log_ratio);
+        S::store(other + i, ratio);
+      } else {
+        log_ratio = S::fma(q, S::where_positive(q, S::sub(x_t, x_s)), log_ratio);
+        S::store(other + i, q);
+      }
+      S::store(e_s + i, p);
+    }
+    return {S::sum(student), S::sum(teacher), S::sum(log_ratio), S::sum(cross)};
+  }
+
+  static MixSums mix(const float* e_s, float* e_t, int64_t n, float a, float b, float beta) {
+    const F least = S::set(kSmallest);
+    F teacher = S::set(0), student = S::set(0);
+    for (int64_t i = 0; i < n; i += W) {
+      const F p = S::mul(S::set(a), S::load(e_s + i)), q = S::mul(S::set(b), S::load(e_t + i));
+      const F m = S::fma(S::set(beta), S::sub(q, p), p);  // exactly p where both agree
+      const F inverse = S::div(S::set(1), S::max(least, m));
+      const F log_p = log_positive<S>(S::max(least, S::mul(p, inverse)));
+      const F log_q = log_positive<S>(S::max(least, S::mul(q, inverse)));
+      student = S::fma(p, log_p, student);
+      teacher = S::fma(q, log_q, teacher);
+      S::store(e_t + i, log_p);
+    }
+    return {S::sum(teacher), S::sum(student)};
+  }
+
+  static MixSums distance(const float* e_s, float* e_t, int64_t n, float a, float b) {
+    F total = S::set(0), student = S::set(0);
+    for (int64_t i = 0; i < n; i += W) {
+      const F p = S::mul(S::set(a), S::load(e_s + i)), q = S::mul(S::set(b), S::load(e_t + i));
+      const F difference = S::sub(p, q);
+      const F sign = S::max(S::set(-1), S::min(S::set(1), S::mul(difference, S::set(3e38f))));
+      total = S::fma(sign, difference, total);
+      student = S::fma(sign, p, student);
+      S::store(e_t + i, sign);
+    }
+    return {S::sum(total), S::sum(student)};
+  }
+
+  static void scaled(const float* e, int64_t n, float a, float* out) {
+    for (int64_t i = 0; i < n; i += W) S::store(out + i, S::mul(S::set(a), S::load(e + i)));
+  }
+
+  static void add(const float* e, int64_t n, float a, float* out) {
+    for (int64_t i = 0; i < n; i += W) S::store(out + i, S::fma(S::set(a), S::load(e + i), S::load(out + i)));
+  }
+
+  static void difference(const float* e_s, const float* e_t, int64_t n, float a, float b, float* out) {
+    for (int64_t i = 0; i < n; i += W) {  // not fused, so that equal products leave exactly 0
+      S::store(out + i, S::sub(S::mul(S::set(a), S::load(e_s + i)), S::mul(S::set(b), S::load(e_t + i))));
+    }
+  }
+
+  static void product(const float* e_s, const float* v, int64_t n, float a, double c, float* out) {
+    const float high = static_cast<float>(c), low = static_cast<float>(c - high);
+    for (int64_t i = 0; i < n; i += W) {
+      const F slope = S::sub(S::sub(S::load(v + i), S::set(high)), S::set(low));
+      S::store(out + i, S::mul(S::mul(S::set(a), S::load(e_s + i)), slope));
+    }
+  }
+
+  static constexpr Loops table(const char* name) {
+    return {name,
+            maximum,
+            {widen<kFloat>, widen<kBfloat16>, widen<kHalf>},
+            {narrow<kFloat>, narrow<kBfloat16>, narrow<kHalf>},
+            has_nan,
+            exps,
+            pair,
+            pair_reverse,
+            mix,
+            distance,
+            scaled,
+            add,
+            difference,
+            product};
+  }
+};
+
+}  // namespace distill

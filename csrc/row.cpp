@@ -1,0 +1,270 @@
+#include "row.h"
+
+#include <cmath>
+#include <limits>
+
+namespace distill {
+namespace {
+
+// A sum of weighted terms after the reference of its weights rose and all terms changed by `change`.
+double moved(double sum, double weights, double change, double rise) {
+  const double decay = Softmax::decay(rise);
+  if (decay == 0) return 0;  // even if a term was infinite
+  return (change == 0 ? sum : sum + weights * change) * decay;
+}
+
+}  // namespace
+
+RowKernel::RowKernel(const Loops& loops, const Terms& terms, float* scratch)
+    : loops_(loops), terms_(terms), num_blocks_((terms.vocab_size + kBlock - 1) / kBlock) {
+  const int64_t width = padded(terms.vocab_size);
+  student_buffer_ = scratch;
+  teacher_buffer_ = student_buffer_ + kBlock;
+  student_.exps = teacher_buffer_ + kBlock;
+  teacher_.exps = student_.exps + width;
+  softmaxes_.hard.exps = teacher_.exps + width;
+}
+
+int64_t RowKernel::scratch_size(int64_t vocab_size) { return 2 * kBlock + 3 * padded(vocab_size); }
+
+RowResult RowKernel::run(const Row& row) {
+  result_ = RowResult();
+  gradient_.start();
+  student_.start(num_blocks_, terms_.student_temperature);
+  const double soft_scale = row.weight * terms_.soft_factor, hard_scale = row.weight * terms_.hard_weight;
+  is_hard_apart_ = row.label >= 0 && terms_.student_temperature != 1;
+  if (is_hard_apart_) softmaxes_.hard.start(num_blocks_, 1);
+
+  if (row.sparse.ids != nullptr) {
+    sparse(row, soft_scale);
+  } else if (row.teacher.data != nullptr) {
+    terms_.teacher_temperature > 0 ? dense(row, soft_scale) : arg_max(row, soft_scale);
+  } else if (row.label >= 0) {
+    sweep_student(row);
+  }
+  if (row.label >= 0) hard(row, hard_scale);
+  // A weight of 0 switches its term off even if that is infinite.
+  result_.loss = (soft_scale != 0 ? soft_scale * result_.soft : 0) + (hard_scale != 0 ? hard_scale * result_.hard : 0);
+  if (row.grad != nullptr) {
+    gradient_.write(loops_, softmaxes_, terms_.vocab_size, row.student.dtype, row.grad, student_buffer_);
+  }
+  return result_;
+}
+
+RowKernel::Block RowKernel::read(const Logits& row, int64_t block, float* buffer) const {
+  const int64_t start = block * kBlock, n = std::min(kBlock, terms_.vocab_size - start);
+  const char* from = row.data + start * size_of(row.dtype);
+  if (row.dtype != kFloat || n < kBlock) return {buffer, padded(n), loops_.widen[row.dtype](from, n, buffer)};
+  const float* floats = reinterpret_cast<const float*>(from);
+  return {floats, n, loops_.maximum(floats, n)};
+}
+
+void RowKernel::sweep_student(const Row& row) {
+  for (int64_t block = 0; block < num_blocks_; ++block) {
+    const Block s = read(row.student, block, student_buffer_);
+    student_.raise(block, s.max);
+    student_.sum += loops_.exps(s.x, s.n, student_.shift(), student_.exps + block * kBlock);
+    sweep_hard(s, block);
+  }
+  student_.finish();
+  softmaxes_.hard.finish();
+}
+
+void RowKernel::sweep_hard(const Block& s, int64_t block) {
+  if (!is_hard_apart_) return;
+  Softmax& hard = softmaxes_.hard;
+  hard.raise(block, s.max);
+  hard.sum += loops_.exps(s.x, s.n, hard.shift(), hard.exps + block * kBlock);
+}
+
+RowKernel::Moments RowKernel::sweep_both(const Row& row) {
+  teacher_.start(num_blocks_, terms_.teacher_temperature);
+  centers_.resize(static_cast<size_t>(num_blocks_));
+  Moments moments;
+  for (int64_t block = 0; block < num_blocks_; ++block) {
+    const Block s = read(row.student, block, student_buffer_), t = read(row.teacher, block, teacher_buffer_);
+    moments = sweep_pair(s, t, block, moments);
+    sweep_hard(s, block);
+  }
+  student_.finish();
+  teacher_.finish();
+  softmaxes_.hard.finish();
+  return moments;
+}
+
+RowKernel::Moments RowKernel::sweep_pair(const Block& s, const Block& t, int64_t block, Moments moments) {
+  const double student_sum = student_.sum, teacher_sum = teacher_.sum;
+  const double s_rise = student_.raise(block, s.max), t_rise = teacher_.raise(block, t.max);
+  if (s_rise != 0 || t_rise != 0) {
+    moments.log_ratio = terms_.kind == kReverseKl ? moved(moments.log_ratio, student_sum, t_rise - s_rise, s_rise)
+                                                  : moved(moments.log_ratio, teacher_sum, s_rise - t_rise, t_rise);
+    moments.cross = moved(moments.cross, teacher_sum, -s_rise, t_rise);
+  }
+  const int64_t start = block * kBlock;
+  float *e_s = student_.exps + start, *e_t = teacher_.exps + start;
+  PairSums sums;
+  if (terms_.kind == kReverseKl) {
+    const double rise = t_rise - s_rise;
+    const size_t i = static_cast<size_t>(block);
+    centers_[i] = block == 0 ? center(s, t) : static_cast<float>(centers_[i - 1] + rise);
+    sums = loops_.pair_reverse(s.x, t.x, s.n, student_.shift(), teacher_.shift(), centers_[i], e_s, e_t);
+    moments.log_ratio += static_cast<double>(sums.student) * centers_[i];
+  } else {
+    sums = loops_.pair(s.x, t.x, s.n, student_.shift(), teacher_.shift(), e_s, e_t);
+  }
+  student_.sum += sums.student;
+  teacher_.sum += sums.teacher;
+  return {moments.log_ratio + sums.log_ratio, moments.cross + sums.cross};
+}
+
+// The log ratio at the student's largest logit of the first block. Around it the gradient of the reverse KL, a
+// difference of log ratios and their mean, keeps its digits when a sharp teacher makes both large.
+float RowKernel::center(const Block& s, const Block& t) const {
+  int64_t i = 0;
+  while (i + 1 < s.n && s.x[i] != s.max) ++i;
+  const Shift s_shift = student_.shift(), t_shift = teacher_.shift();
+  const float ratio = (s.x[i] - s_shift.shift) * s_shift.scale - (t.x[i] - t_shift.shift) * t_shift.scale;
+  return std::isfinite(ratio) ? ratio : 0;
+}
+
+void RowKernel::dense(const Row& row, double scale) {
+  const Moments moments = sweep_both(row);
+  const double log_ratio_of_sums = student_.log_sum() - teacher_.log_sum();
+  const double slope = scale / terms_.student_temperature;
+  result_.soft_ce = student_.log_sum() - moments.cross / teacher_.sum;
+  if (terms_.kind == kForwardKl) {
+    result_.soft = moments.log_ratio / teacher_.sum + log_ratio_of_sums;
+    if (scale != 0) gradient_.set_difference(slope, slope);
+  } else if (terms_.kind == kReverseKl) {
+    result_.soft = moments.log_ratio / student_.sum - log_ratio_of_sums;
+    if (scale != 0) gradient_.set_log_ratio(slope, result_.soft, centers_);
+  } else {
+    mixture(slope);
+  }
+}
+
+// JSD and TVD need both sums before their own: a sweep of the scratch rows in between.
+void RowKernel::mixture(double slope) {
+  double value = 0, mean = 0;  // sums of q log(q / m) or |p - q|, and of p v
+  for (int64_t block = 0; block < num_blocks_; ++block) {
+    const int64_t start = block * kBlock, n = padded(std::min(kBlock, terms_.vocab_size - start));
+    const float *p = student_.exps + start;
+    float* q = teacher_.exps + start;
+    const float a = static_cast<float>(student_.factor(block)), b = static_cast<float>(teacher_.factor(block));
+    const MixSums sums = terms_.kind == kJsd ? loops_.mix(p, q, n, a, b, static_cast<float>(terms_.beta))
+                                             : loops_.distance(p, q, n, a, b);
+    value += sums.value;
+    mean += sums.mean;
+  }
+  const double beta = terms_.beta;
+  result_.soft = terms_.kind == kJsd ? beta * value + (1 - beta) * mean : value / 2;
+  if (slope != 0) gradient_.set_product(slope * (terms_.kind == kJsd ? 1 - beta : 0.5), mean);
+}
+
+// The teacher is one class: every divergence is a function f of its log probability, and its gradient that of the
+// cross-entropy times a number of the row.
+void RowKernel::arg_max(const Row& row, double scale) {
+  sweep_student(row);
+  const bool is_known = sweep_for_max(row.teacher);
+  const int64_t best = first_max(row.teacher, teacher_);
+  const double log_p = is_known ? student_.log_prob(logit(row.student, best)) : std::nan("");
+  const double p = std::exp(log_p), rest = -std::expm1(log_p);
+  double slope = 1;
+  result_.soft = result_.soft_ce = -log_p;
+  if (terms_.kind == kTvd) {
+    result_.soft = rest;
+    slope = p;
+  } else if (terms_.kind == kJsd) {
+    const double beta = terms_.beta, log_m = std::log(beta + (1 - beta) * p), log_rest = std::log1p(-beta);
+    const double inside = p == 0 ? 0 : p * (log_p - log_m);
+    result_.soft = -beta * log_m + (1 - beta) * (inside - rest * log_rest);
+    slope = -(1 - beta) * (inside + p * log_rest);
+  }
+  if (scale == 0) return;
+  gradient_.add_student(scale * slope);
+  gradient_.deduct(best, scale * slope);
+}
+
+bool RowKernel::sweep_for_max(const Logits& row) {
+  teacher_.start(num_blocks_, 1);
+  bool is_known = true;
+  for (int64_t block = 0; block < num_blocks_; ++block) {
+    const Block t = read(row, block, teacher_buffer_);
+    teacher_.raise(block, t.max);
+    is_known = is_known && !loops_.has_nan(t.x, t.n);
+  }
+  return is_known && std::isfinite(teacher_.max());
+}
+
+void RowKernel::sparse(const Row& row, double scale) {
+  sweep_student(row);
+  const SparseTargets& targets = row.sparse;
+  const double slope = scale / terms_.student_temperature;
+  double sum = 0;
+  for (int64_t k = 0; k < targets.size; ++k) {
+    const double q = targets.probs[k];
+    if (q == 0) continue;
+    const double log_p = student_.log_prob(logit(row.student, targets.ids[k]));
+    result_.soft += q * (std::log(q) - log_p);
+    result_.soft_ce -= q * log_p;
+    sum += q;
+    if (slope != 0) gradient_.deduct_distinct(targets.ids[k], slope * q);
+  }
+  if (targets.tail != 0) {
+    tail(row, slope, sum);
+  } else if (slope != 0) {
+    gradient_.add_student(slope * sum);
+  }
+}
+
+// With R the student's mass outside the entries, log R is a difference of two log-sum-exps, so that its gradient is
+// softmax(the others) - p. Made from their own softmax, as 1 - sum p_k would lose all digits of a small R.
+void RowKernel::tail(const Row& row, double slope, double entries) {
+  sweep_others(row);
+  const double mass = row.sparse.tail;
+  const bool is_empty = teacher_.max() == kNoLogit;
+  const double log_rest = is_empty ? kNoLogit : teacher_.log_normaliser() - student_.log_normaliser();
+  result_.soft += mass * (std::log(mass) - log_rest);
+  result_.soft_ce -= mass * log_rest;
+  if (slope != 0) gradient_.set_difference(slope * (entries + mass), slope * mass);
+}
+
+// The student's softmax without the entries, in place of a teacher's.
+void RowKernel::sweep_others(const Row& row) {
+  teacher_.start(num_blocks_, terms_.student_temperature);
+  loops_.widen[row.student.dtype](row.student.data, terms_.vocab_size, teacher_.exps);
+  for (int64_t k = 0; k < row.sparse.size; ++k) {
+    if (row.sparse.probs[k] != 0) teacher_.exps[row.sparse.ids[k]] = static_cast<float>(kNoLogit);
+  }
+  for (int64_t block = 0; block < num_blocks_; ++block) {
+    const int64_t start = block * kBlock, n = padded(std::min(kBlock, terms_.vocab_size - start));
+    float* x = teacher_.exps + start;
+    teacher_.raise(block, loops_.maximum(x, n));
+    teacher_.sum += loops_.exps(x, n, teacher_.shift(), x);
+  }
+  teacher_.finish();
+}
+
+void RowKernel::hard(const Row& row, double scale) {
+  const Softmax& softmax = is_hard_apart_ ? softmaxes_.hard : student_;
+  const float value = logit(row.student, row.label);
+  result_.hard = -softmax.log_prob(value);
+  result_.is_correct = value == softmax.max() && first_max(row.student, softmax) == row.label;
+  if (scale == 0) return;
+  is_hard_apart_ ? gradient_.add_hard(scale) : gradient_.add_student(scale);
+  gradient_.deduct(row.label, scale);
+}
+
+float RowKernel::logit(const Logits& row, int64_t column) const {
+  loops_.widen[row.dtype](row.data + column * size_of(row.dtype), 1, student_buffer_);
+  return student_buffer_[0];
+}
+
+int64_t RowKernel::first_max(const Logits& row, const Softmax& softmax) const {
+  const Block x = read(row, softmax.best_block(), student_buffer_);
+  int64_t i = 0;
+  while (i + 1 < x.n && x.x[i] != softmax.max()) ++i;
+  return softmax.best_block() * kBlock + i;
+}
+
+}  // namespace distill

@@ -1,0 +1,80 @@
+// A softmax of a row that is read once: its exps, block by block, against the largest logit so far.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "loops.h"
+
+namespace distill {
+
+constexpr double kNoLogit = -std::numeric_limits<double>::infinity();
+
+class Softmax {
+ public:
+  float* exps = nullptr;  // of the columns: exp((logit - largest so far) / T); a scratch row of the owner
+  double sum = 0;         // of the exps so far, against the largest logit so far
+
+  void start(int64_t num_blocks, double temperature) {
+    sum = 0;
+    max_ = kNoLogit;
+    scale_ = 1 / temperature;
+    best_block_ = 0;
+    references_.assign(static_cast<size_t>(num_blocks), kNoLogit);
+  }
+
+  // Takes over the largest logit of a block. Returns by how much the reference rose, in units of the exponent.
+  double raise(int64_t block, double block_max) {
+    double rise = 0;
+    if (block_max > max_) {
+      if (max_ > kNoLogit) rise = (block_max - max_) * scale_;
+      sum *= decay(rise);
+      max_ = block_max;
+      best_block_ = block;
+    }
+    references_[static_cast<size_t>(block)] = max_;
+    return rise;
+  }
+
+  // After the last block. A row of nothing but -inf has no distribution: all that follows is NaN.
+  void finish() {
+    if (max_ == kNoLogit) sum = std::numeric_limits<double>::quiet_NaN();
+    log_sum_ = std::log(sum);
+    factors_.resize(references_.size());
+    for (size_t i = 0; i < references_.size(); ++i) {
+      const bool is_same = i > 0 && references_[i] == references_[i - 1];
+      factors_[i] = is_same ? factors_[i - 1] : std::exp((references_[i] - max_) * scale_) / sum;
+    }
+  }
+
+  // What the next exps are made with. While there was nothing but -inf, any reference will do.
+  Shift shift() const { return {static_cast<float>(max_ > kNoLogit ? max_ : 0), static_cast<float>(scale_)}; }
+  // What a weighted term is multiplied by when its reference rises; 0 where exps are.
+  static double decay(double rise) { return rise > -kLowest ? 0 : std::exp(-rise); }
+
+  double max() const { return max_; }
+  int64_t best_block() const { return best_block_; }  // the first with the largest logit
+  double log_sum() const { return log_sum_; }
+  double log_normaliser() const { return max_ * scale_ + log_sum_; }  // log of the sum of exp(logit / T)
+  double log_prob(float logit) const { return (logit - max_) * scale_ - log_sum_; }
+
+  // From the exps of a block to probabilities, and from (logit - reference) / T to log probabilities.
+  double factor(int64_t block) const { return factors_[static_cast<size_t>(block)]; }
+  double log_factor(int64_t block) const {
+    const double reference = references_[static_cast<size_t>(block)];
+    return (reference > kNoLogit ? (reference - max_) * scale_ : 0) - log_sum_;
+  }
+
+ private:
+  std::vector<double> references_, factors_;  // of each block
+  double max_ = kNoLogit, scale_ = 1, log_sum_ = 0;
+  int64_t best_block_ = 0;
+};
+
+// The distributions of a row. `hard` is the student at temperature 1 where labels need it beside another.
+struct Softmaxes {
+  Softmax student, teacher, hard;
+};
+
+}  // namespace distill
