@@ -238,12 +238,27 @@ def _distill(
     warnings.simplefilter("ignore")
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a shell has started
     torch.set_num_threads(1)
+    split_every_weight()
     if kill:
         kill.arm()
     from distill.__main__ import main
 
     sys.argv = ["distill", *arguments]
     sys.exit(main())
+
+
+def split_every_weight() -> None:
+    """Have ZeRO 3 split the smallest weight too; it keeps those below 100 000 numbers whole, here all."""
+    from distill import engine
+
+    plain = engine.deepspeed_settings
+
+    def changed(*args: Any) -> dict[str, Any]:
+        settings = plain(*args)
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return settings
+
+    engine.deepspeed_settings = changed
 
 
 def distill(arguments: list[str], folder: Path, kill: Kill | None = None) -> Ended:
