@@ -29,7 +29,7 @@ lint: venv  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: venv  ## kernels next to their peers; adds rows to a CSV. Other tests/bench scripts need data: see --help
-	$(BIN)/python tests/bench/bench_divergence.py
+	$(BIN)/python tests/bench/kernels.py
 
 clean:  ## remove what was built and cached; the environment and work/ stay
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis distill/kernels/*.so $(VENV)/.package
