@@ -37,7 +37,14 @@ class Batch:
 
     def without_rows(self) -> Batch:
         """The same inputs, of which nothing counts."""
-        return replace(self, rows_N=self.rows_N[:0], labels_N=self.labels_N[:0], num_tokens=0)
+        none = slice(0)
+        return replace(
+            self,
+            rows_N=self.rows_N[none],
+            labels_N=self.labels_N[none],
+            sample_ids=self.sample_ids[none],
+            num_tokens=0,
+        )
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; from pinned memory the host does not wait for the copy."""

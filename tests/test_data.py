@@ -167,6 +167,19 @@ def test_validation_takes_the_same_samples_on_any_number_of_ranks(shards: Path, 
         assert np.concatenate(parts).tolist() == alone.tolist()
 
 
+@pytest.mark.parametrize("limit", [1, 7, 10, 40])
+def test_every_rank_validates_on_as_many_batches_though_some_count_for_nothing(
+    limit: int, shards: Path, tmp_path: Path
+) -> None:
+    data = Samples(config(shards, tmp_path).data, "validation", seed=0, shuffle=False)
+    ranks = [list(validation_batches(data, limit, 3, rank, 3)) for rank in range(3)]
+    assert len({len(batches) for batches in ranks}) == 1
+    for batch in (b for batches in ranks for b in batches):
+        assert len(batch.inputs.input_ids_BL) > 0
+        assert len(batch.rows_N) == len(batch.labels_N)
+        assert (len(batch.rows_N) > 0) == (len(batch.sample_ids) > 0)
+
+
 # ------------------------------------------------------------------------------------------------ masks
 
 

@@ -14,7 +14,7 @@ from distill.config import DataConfig, ObjectiveConfig
 from distill.data import IGNORE, attention, mask_tokens, next_tokens
 from distill.kernels import Head, divergence
 from distill.models import Inputs, Rows, build_model, counted_rows
-from distill.objectives import make_objective, weights_at
+from distill.objectives import hard_labels, make_objective, weights_at
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and torch, about each other
 
@@ -58,6 +58,35 @@ def test_chunks_of_rows_are_summed() -> None:
     assert int(parts.num_rows) == int(whole.num_rows) == 12
     for name in ("loss", "soft", "soft_ce", "hard"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "tvd"])
+def test_divergence_is_the_one_that_the_weights_name(kind: str) -> None:
+    found = objective(weights={kind: 0.5, "hard": 0.25}, beta=0.3, temperature=2.0, temperature_on="both")(
+        rows_of(logits(1)), rows_of(logits(2)), LABELS
+    )
+    expected = divergence(
+        logits(1), logits(2), LABELS, kind=kind, beta=0.3, soft_weight=0.5, hard_weight=0.25,
+        temperature=2.0, temperature_on="both",
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected)
+
+
+def test_two_divergences_in_one_pass_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="one divergence from the teacher at a time, got jsd and tvd: keep one"
+    ):
+        objective(weights={"jsd": 1.0, "hard": 1.0, "tvd": 1.0})(
+            rows_of(logits(1)), rows_of(logits(2)), LABELS
+        )
+
+
+def test_validation_is_hard_labels_whatever_trains() -> None:
+    config = ObjectiveConfig(weights={"jsd": 1.0}, temperature=0.0, beta=1.0)
+    found = hard_labels(config, VOCABULARY)(rows_of(logits(1)), None, LABELS)
+    torch.testing.assert_close(
+        found.loss, torch.nn.functional.cross_entropy(logits(1), LABELS, reduction="sum")
+    )
 
 
 @pytest.mark.parametrize("kernel", ["auto", "reference"])

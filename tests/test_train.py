@@ -14,6 +14,7 @@ from tiny import (
     LENGTH,
     SIZES,
     TOKENIZER,
+    VOCABULARY,
     assert_same_run,
     config,
     distill,
@@ -22,6 +23,7 @@ from tiny import (
     text,
     write_text_shards,
 )
+from watch import Watch
 
 import distill.train as loop
 from distill import evaluate
@@ -124,6 +126,29 @@ def test_validation_takes_the_kernel_and_the_rows_at_once_of_the_config(
     changes = {"objective__kernel": "reference", "objective__chunk_rows": 7}
     loop.train(config(shards, tmp_path / "run", **changes, steps=1))
     assert set(taken) == {("reference", 7)}
+
+
+@pytest.mark.filterwarnings("ignore")  # of DeepSpeed and torch, about each other
+@pytest.mark.parametrize(("task", "architecture"), [("mlm", "bert"), ("clm", "llama")])
+def test_logits_of_all_rows_are_made_neither_in_training_nor_in_validation(
+    task: str,
+    architecture: str,
+    shards: Path,
+    teacher_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distill.accounting.peak_flops", lambda *_: 1e9)  # multiplies large matrices
+    changes = {"data__task": task, "model__architecture": architecture, "data__mask_rate": 0.5, "steps": 2}
+    if task == "mlm":
+        changes["teacher__trajectory"] = str(teacher_run / "trajectory")
+    one_chunk = 40
+    for chunk_rows, most in ((one_chunk, one_chunk), (1000, 8 * LENGTH)):
+        run = config(shards, tmp_path / str(chunk_rows), **changes, objective__chunk_rows=chunk_rows)
+        with Watch(VOCABULARY) as watch:
+            loop.train(run)
+        assert one_chunk <= watch.most_rows <= most
+    assert watch.most_rows > 2 * one_chunk  # there were more rows than a chunk has
 
 
 # ------------------------------------------------------------------------------------------------ refusals
