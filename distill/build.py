@@ -20,6 +20,7 @@ from distill.run_folder import read_schedule
 from distill.schedule import Schedule, make_schedule
 from distill.teacher import Teacher
 from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
+from distill.trajectory.store import open_store
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     micro, accumulation = layout(config, world)
     schedule, teacher, trajectory = None, None, None
     if config.teacher.trajectory:
-        trajectory = load_manifest(Path(config.teacher.trajectory))
+        trajectory = load_manifest(config.teacher.trajectory)
         schedule = read_schedule(folder, trajectory) or first_schedule(config, trajectory)
         teacher = Teacher(trajectory, config, samples.tokenizer, samples.sequence_length, world.device)
         if world.is_main:
@@ -89,7 +90,7 @@ def first_schedule(config: Config, trajectory: Manifest) -> Schedule:
     """
     if not trajectory.complete and not names_its_teachers(config.schedule):
         raise BadTrajectory(
-            f"{trajectory.root}: the teacher's run has not ended, its newest checkpoint is "
+            f"{trajectory.url}: the teacher's run has not ended, its newest checkpoint is "
             f"step {max(trajectory.checkpoints, default=0)}: let it end, or name every teacher step that "
             "schedule.kind needs in schedule.checkpoints (two_shot: both; explicit: in schedule.stages)"
         )
@@ -159,4 +160,4 @@ def own_trajectory(folder: Path, model: PretrainedConfig, tokenizer: TokenizerIn
     if (root / "manifest.json").exists():
         return load_manifest(root)
     root.mkdir(exist_ok=True)
-    return Manifest(root, "distill", model.model_type, model.vocab_size, tokenizer.sha256)
+    return Manifest(open_store(root), "distill", model.model_type, model.vocab_size, tokenizer.sha256)

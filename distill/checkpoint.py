@@ -115,11 +115,11 @@ def save_to_trajectory(
     The Hugging Face folder comes first, then its line in the manifest.
     """
     if world.is_main:
-        final = manifest.root / f"step_{state.step:08d}"
+        final = Path(manifest.url) / f"step_{state.step:08d}"
         if final.exists():  # a resumed run comes here again, with the same weights
             shutil.rmtree(final)
         export(model, tokenizer, final)
-        manifest.add(describe(manifest.root, state.step, final, int(state.tokens), loss))
+        manifest.add(describe(final, final.name, state.step, int(state.tokens), loss))
     barrier(world)
 
 

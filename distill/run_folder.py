@@ -98,7 +98,7 @@ def read_schedule(folder: Path, trajectory: Manifest) -> Schedule | None:
         if now.get(step) != weights:
             found = "has other weights there" if step in now else "lacks it"
             raise RunFolderError(
-                f"{folder} was started with a teacher step {step} of sha256 {weights[0][:12]}, and {trajectory.root} "
+                f"{folder} was started with a teacher step {step} of sha256 {weights[0][:12]}, and {trajectory.url} "
                 f"{found}: go back to that trajectory or choose another run_dir"
             )
     return schedule

@@ -68,12 +68,12 @@ def check_vocabulary(manifest: Manifest, tokenizer: TokenizerInfo) -> None:
     """
     if manifest.tokenizer_sha256 is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
         raise BadTrajectory(
-            f"{manifest.root}: the teacher was trained with tokenizer {manifest.tokenizer_sha256[:12]}, the shards were "
+            f"{manifest.url}: the teacher was trained with tokenizer {manifest.tokenizer_sha256[:12]}, the shards were "
             f"made with {tokenizer.sha256[:12]}: make shards with the teacher's tokenizer "
             "(python -m data_prep tokenizer --from ...)"
         )
     if manifest.vocab_size < tokenizer.vocab_size:
         raise BadTrajectory(
-            f"{manifest.root}: the teacher has {manifest.vocab_size} logits, the tokenizer {tokenizer.vocab_size} "
+            f"{manifest.url}: the teacher has {manifest.vocab_size} logits, the tokenizer {tokenizer.vocab_size} "
             "tokens: they don't belong together"
         )

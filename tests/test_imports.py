@@ -35,6 +35,7 @@ FLOORS = {
 # Library -> the files (or folders) that may import it.
 CONFINED = {
     "deepspeed": ("distill/engine.py",),
+    "obstore": ("distill/trajectory/store.py",),
     "triton": ("distill/kernels/",),
     "webdataset": ("data_prep/verify.py", "distill/data.py"),
 }

@@ -48,7 +48,7 @@ def step_of(teacher: Any) -> int:
     name = "bert.embeddings.word_embeddings.weight"
     own = teacher.model.state_dict()[name]
     for step, checkpoint in manifest.checkpoints.items():
-        if torch.equal(load_file(manifest.root / checkpoint.folder / "model.safetensors")[name], own):
+        if torch.equal(load_file(Path(manifest.url) / checkpoint.location / "model.safetensors")[name], own):
             return int(step)
     raise AssertionError("weights of no checkpoint")
 

@@ -22,6 +22,7 @@ from distill.config import Config, ScheduleConfig
 from distill.trajectory.families import find_checkpoints
 from distill.trajectory.index import index_folder, tokenizer_identity
 from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, load_manifest
+from distill.trajectory.store import open_store
 
 # ------------------------------------------------------------------------------------------------ names
 
@@ -103,7 +104,7 @@ def test_student_learns_from_a_teacher_with_padded_logits_and_other_architecture
     for name in ("new", "loaded"):
         manifest = load_manifest(tmp_path / name / "trajectory")
         assert (manifest.architecture, manifest.vocab_size) == ("modernbert", VOCABULARY + 16)
-        taught = {"teacher__trajectory": str(manifest.root), "steps": 2, "log__every": 1}
+        taught = {"teacher__trajectory": str(manifest.url), "steps": 2, "log__every": 1}
         distill(["train", *settings(shards, tmp_path / f"of_{name}", **taught)], tmp_path).ok()
         assert all(row["kl"] > 0 for row in rows(tmp_path / f"of_{name}", "train"))
 
@@ -141,7 +142,7 @@ def test_broken_manifest_is_made_anew_and_the_loss_is_said(
 
 def test_mislabelled_checkpoint_that_was_removed_leaves_the_others_known(trajectory: Path) -> None:
     losses = load_manifest(trajectory).losses
-    double = {"step": 32, "folder": "step_00000032"}
+    double = {"step": 32, "location": "step_00000032"}
     edit(trajectory, lambda c: c["checkpoints"].append({**c["checkpoints"][-1], **double}))
     with pytest.raises(BadTrajectory, match="steps 24 and 32 hold identical weights"):
         load_manifest(trajectory)
@@ -192,11 +193,11 @@ def test_tokenizer_of_a_folder_without_manifest_is_found_and_another_one_refused
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda f: (f / "manifest.json").unlink(), "does not exist: for a folder of checkpoints run"),
+        (lambda f: (f / "manifest.json").unlink(), "does not exist: for checkpoints without a manifest run"),
         (lambda f: (f / "manifest.json").write_text("{"), "is no manifest"),
         (lambda f: (f / "manifest.json").write_text("[]"), "is no manifest"),
         (lambda f: edit(f, lambda c: c.pop("schema")), "is no manifest"),
-        (lambda f: edit(f, lambda c: c.update(schema=7)), "has another schema than 1"),
+        (lambda f: edit(f, lambda c: c.update(schema=7)), "has another schema than 2"),
         (lambda f: edit(f, lambda c: c.update(colour="red")), "is no manifest"),
         (lambda f: edit(f, lambda c: c["checkpoints"][0].pop("files")), "is no manifest"),
     ],
@@ -386,7 +387,7 @@ def test_run_that_has_not_ended_teaches_only_where_every_teacher_step_is_named(
     kind: str, changes: dict[str, Any], is_named: bool
 ) -> None:
     some = {step: Checkpoint(step, f"step_{step}", {}, None, 5.0 - step / 8) for step in (2, 4, 8, 16, 24)}
-    trajectory = Manifest(Path("teacher"), "distill", "bert", VOCABULARY, checkpoints=some)
+    trajectory = Manifest(open_store("teacher"), "distill", "bert", VOCABULARY, checkpoints=some)
     student = Config(steps=12, schedule=ScheduleConfig(kind=kind, **changes))
     if is_named:
         assert first_schedule(student, trajectory).stages

@@ -19,6 +19,7 @@ from distill.trajectory.manifest import (
     read_manifest,
     refuse_duplicates,
 )
+from distill.trajectory.store import open_store
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +38,15 @@ def index_folder(folder: Path) -> Manifest:
     before = _manifest_before(folder)
     checkpoints, unchanged = {}, False
     for step, path in sorted(found.items()):
-        checkpoints[step], same = _carried_over(describe(folder, step, path), before)
+        checkpoints[step], same = _carried_over(describe(path, path.name, step), before)
         unchanged = unchanged or same
     architecture, vocab_size = _kind(folder, found)
     tokenizer, complete = _tokenizer(folder, found), True
     if before and unchanged:
         tokenizer, complete = before.tokenizer_sha256 or tokenizer, before.complete
-    manifest = Manifest(folder, family, architecture, vocab_size, tokenizer, complete, checkpoints)
+    manifest = Manifest(
+        open_store(folder), family, architecture, vocab_size, tokenizer, complete, checkpoints=checkpoints
+    )
     refuse_duplicates(manifest)
     manifest.write()
     return manifest

@@ -46,12 +46,10 @@ def read_checkpoint(manifest: Manifest, step: int, task: str, sequence_length: i
             and the files lack, or a value that is not finite.
     """
     if step not in manifest.checkpoints:
-        raise BadTrajectory(
-            f"{manifest.root} has no teacher step {step}; it has {list(manifest.checkpoints)}"
-        )
+        raise BadTrajectory(f"{manifest.url} has no teacher step {step}; it has {list(manifest.checkpoints)}")
     checkpoint = manifest.checkpoints[step]
-    verify(manifest, checkpoint)
-    folder = Path(manifest.root) / checkpoint.folder
+    folder = Path(manifest.url) / checkpoint.location
+    verify(manifest, checkpoint, folder)
     try:
         # transformers knows shards, ties and the names that older versions gave. In fp32, because it sets the
         # process's default dtype while it loads, and the training thread relies on that being fp32.

@@ -1,0 +1,352 @@
+"""Files of a trajectory, in object storage or in a folder, by one interface.
+
+The only file that knows the storage client. Every read is a single ranged request: the client's own `get_ranges`
+merges neighbouring ranges into one stream, which costs a factor of ten where a connection is slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+from urllib.parse import quote, urlsplit
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import HTTPStore, from_url
+
+from distill.trajectory.disk import Disk
+from distill.trajectory.store_types import Object, StoreError, Traffic
+
+PIECE_BYTES = 8 << 20
+AT_ONCE = 16  # requests of one read_into
+SMALL_AT_ONCE = 32  # requests of one read_many
+ATTEMPTS, CHANGED_ATTEMPTS = 20, 3
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds
+PATIENCE = 120.0  # seconds a request is repeated before it is given up
+HUB = "https://huggingface.co"
+REMOTE = ("s3", "gs", "az", "abfs", "abfss", "http", "https", "hf")
+T = TypeVar("T")
+
+
+class Store(Protocol):
+    """A place that holds files under paths such as `step_8/config.json`; `url` names it, free of credentials.
+
+    What can't be done is a StoreError; what a short wait can mend was tried again before.
+    """
+
+    url: str
+    traffic: Traffic
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes received since the store was opened, over all stores made of it by `under`."""
+
+    def under(self, prefix: str) -> Store:
+        """The same place, with `prefix` before every path."""
+
+    def objects(self, prefix: str = "") -> list[Object]:
+        """All files below `prefix`, sorted by path. A web server can't be listed."""
+
+    def head(self, path: str) -> Object: ...
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes [start, stop) of a file, or up to its end."""
+
+    def read_many(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """Bytes [start, stop) of each (path, start, stop), many requests at once."""
+
+    def read_into(self, path: str, view: memoryview, start: int = 0, *, etag: str | None = None) -> None:
+        """Fill `view` (uint8, one axis) with a file's bytes from `start`, in pieces of 8 MiB, many at once.
+
+        etag: of the file that is meant (`head` tells); a file replaced meanwhile is a StoreError, kind "changed".
+        """
+
+    def write(self, path: str, data: bytes) -> None:
+        """Make or replace a file, whole or not at all."""
+
+    def upload(self, local: Path, path: str) -> None:
+        """Write a file of any size, in parts."""
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write only where nothing is; False when something is."""
+
+    def replace(self, path: str, data: bytes, etag: str) -> bool:
+        """Write only over the file with this etag; False when it has another by now."""
+
+
+def open_store(url: str | Path, patience: float = PATIENCE) -> Store:
+    """The store at a local path, file://, s3://bucket/prefix, gs://, az://, http(s):// or hf://owner/name@revision.
+
+    Credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, AZURE_STORAGE_..., GOOGLE_..., HF_TOKEN);
+    those in a URL are refused. http(s):// and hf:// can be read, not listed or written.
+
+    patience: seconds for which a request that fails is repeated.
+
+    Raises:
+        StoreError: a URL of another kind, with credentials in it, or without a bucket.
+    """
+    parts = urlsplit(str(url))
+    if parts.scheme == "file":
+        return Disk(Path(parts.path))
+    if parts.scheme == "" or "://" not in str(url):
+        return Disk(Path(url))
+    name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+    if parts.scheme not in REMOTE:
+        raise StoreError(
+            name, f"is no kind of storage known here: give a folder or one of {REMOTE}", "address"
+        )
+    if parts.query or parts.username is not None:
+        raise StoreError(
+            name, "has credentials or a query in its URL: give them in the environment", "address"
+        )
+    if not parts.netloc:
+        raise StoreError(str(url), "names no bucket or server: correct the URL", "address")
+    return Remote(name, patience)
+
+
+class Remote:
+    """Object storage or a web server. See `Store`."""
+
+    def __init__(self, url: str, patience: float) -> None:
+        self.url, self.traffic = url, Traffic()
+        self._patience, self._prefix = patience, ""
+        self._readonly = urlsplit(url).scheme in ("http", "https", "hf")
+        try:
+            # Reads are repeated here, by one rule; the parts of an upload by the client, which alone knows them.
+            self._client, self._uploader = _client(url, 0), _client(url, 8)
+        except (BaseError, ValueError) as error:
+            raise StoreError(url, f"can't be opened ({_reason(error)}): correct the URL", "address") from None
+
+    def __repr__(self) -> str:
+        return f"Remote({self.url})"
+
+    @property
+    def bytes_read(self) -> int:
+        return self.traffic.bytes_read
+
+    def under(self, prefix: str) -> Remote:
+        same = object.__new__(Remote)
+        same.__dict__ |= self.__dict__
+        same.url, same._prefix = f"{self.url}/{prefix}", f"{self._prefix}{prefix}/"
+        return same
+
+    def objects(self, prefix: str = "") -> list[Object]:
+        if self._readonly:
+            raise StoreError(
+                self.url, "can't be listed, it is no object storage: it needs a manifest", "listing"
+            )
+        # The client takes a prefix as whole folders.
+        found = _run(
+            self._persist(prefix, lambda: obstore.list(self._client, self._key(prefix)).collect_async())
+        )
+        objects = (Object(o["path"].removeprefix(self._prefix), o["size"], o["e_tag"]) for o in found)
+        return sorted(objects, key=lambda o: o.path)
+
+    def head(self, path: str) -> Object:
+        found = _run(self._persist(path, lambda: obstore.head_async(self._client, self._key(path))))
+        return Object(path, found["size"], found["e_tag"])
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        if stop is None:
+            stop = self.head(path).size
+        return self.read_many([(path, start, stop)])[0]
+
+    def read_many(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        async def one(path: str, start: int, stop: int) -> bytes:
+            async with slots:
+                return bytes((await self._piece(path, start, stop, None))[0])
+
+        async def all_of_them() -> list[bytes]:
+            return list(await asyncio.gather(*(one(*r) for r in ranges)))
+
+        slots = asyncio.Semaphore(SMALL_AT_ONCE)
+        return _run(all_of_them())
+
+    def read_into(self, path: str, view: memoryview, start: int = 0, *, etag: str | None = None) -> None:
+        seen = {etag} - {None}
+
+        async def one(offset: int) -> None:
+            async with slots:
+                stop = min(offset + PIECE_BYTES, len(view))
+                piece, tag = await self._piece(path, start + offset, start + stop, etag)
+                view[offset:stop] = memoryview(piece)
+                seen.add(tag)
+
+        async def all_of_them() -> None:
+            await asyncio.gather(*(one(offset) for offset in range(0, len(view), PIECE_BYTES)))
+
+        slots = asyncio.Semaphore(AT_ONCE)
+        _run(all_of_them())
+        if len(seen) > 1:
+            raise self._error(path, "was replaced while it was read: read it again", "changed")
+
+    def write(self, path: str, data: bytes) -> None:
+        self._put(path, data)
+
+    def upload(self, local: Path, path: str) -> None:
+        self._put(path, local)
+
+    def create(self, path: str, data: bytes) -> bool:
+        return self._put(path, data, mode="create")
+
+    def replace(self, path: str, data: bytes, etag: str) -> bool:
+        return self._put(path, data, mode={"e_tag": etag})
+
+    def _put(self, path: str, data: bytes | Path, **options: Any) -> bool:
+        """False when the condition in `options` does not hold."""
+        if self._readonly:
+            raise self._error(
+                path, "can't be written, it is no object storage: give s3://, gs:// or az://", "listing"
+            )
+
+        async def put() -> bool:
+            try:
+                await obstore.put_async(
+                    self._uploader, self._key(path), data, chunk_size=PIECE_BYTES, **options
+                )
+            except (AlreadyExistsError, PreconditionError):
+                return False
+            return True
+
+        return _run(self._persist(path, put))
+
+    async def _piece(self, path: str, start: int, stop: int, etag: str | None) -> tuple[Any, str | None]:
+        """(bytes [start, stop), etag of the file they come from)."""
+        if stop <= start:
+            return b"", etag
+        options: Any = {"range": (start, stop)}
+        if etag and not etag.startswith("W/"):  # a weak one never matches
+            options["if_match"] = etag
+
+        async def get() -> tuple[Any, str | None]:
+            answer = await obstore.get_async(self._client, self._key(path), options=options)
+            tag, size = answer.meta["e_tag"], answer.meta["size"]
+            if etag and tag and tag != etag:
+                raise self._error(
+                    path, f"was replaced (etag {tag}, expected {etag}): read it again", "changed"
+                )
+            if size < stop:
+                raise self._error(path, f"has {size} bytes, {stop} were expected: it is truncated", "short")
+            data = await answer.bytes_async()
+            self.traffic.add(len(data))
+            if len(data) != stop - start:
+                raise self._error(path, f"sent {len(data)} bytes of {stop - start}", "unreachable")
+            return data, tag
+
+        return await self._persist(path, get)
+
+    def _key(self, path: str) -> str:
+        return self._prefix + path
+
+    def _error(self, path: str, sentence: str, kind: str) -> StoreError:
+        return StoreError(f"{self.url}/{path}".rstrip("/"), sentence, kind)
+
+    async def _persist(self, path: str, request: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a request, ever slower, while its fault is one that passes."""
+        end = time.monotonic() + self._patience
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return await request()
+            except (BaseError, OSError, ValueError, NotImplementedError) as error:
+                fault = error if isinstance(error, StoreError) else await self._fault(path, error)
+            attempts = {"unreachable": ATTEMPTS, "changed": CHANGED_ATTEMPTS}.get(fault.kind, 1)
+            pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1)
+            if attempt >= attempts or time.monotonic() + pause > end:
+                break
+            self.traffic.retries += 1
+            await asyncio.sleep(pause)
+        if attempt > 1:
+            fault = StoreError(fault.where, f"{fault.sentence} ({attempt} attempts)", fault.kind)
+        raise fault from None
+
+    async def _fault(self, path: str, error: Exception) -> StoreError:
+        """What the client's error means, in one sentence. Its own text may quote a signed URL, so it is not shown."""
+        text, reason = str(error), _reason(error)
+        if isinstance(error, FileNotFoundError) and "HEAD" in text[:500]:  # the answer to a HEAD has no body
+            try:
+                await obstore.get_async(self._client, self._key(path))
+            except (BaseError, OSError) as second:
+                text = str(second)
+        return self._error(path, *_meaning(error, text, reason))
+
+
+def _meaning(error: Exception, text: str, reason: str) -> tuple[str, str]:
+    """(sentence, kind) of a client's error with this text and reason."""
+    status = _status(text)
+    if re.search("NoSuchBucket|ContainerNotFound|bucket does not exist", text):
+        return "the bucket does not exist: correct the URL, or create it", "bucket"
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return "does not exist: index the trajectory again, or upload it", "missing"
+    if "169.254.169.254" in text or "metadata.google" in text:
+        return "no credentials were found: set them in the environment (AWS_ACCESS_KEY_ID, ...)", "denied"
+    if status in (401, 403):
+        return (
+            f"the credentials were refused ({reason}): check those in the environment and what they may read",
+            "denied",
+        )
+    if isinstance(error, PreconditionError) or status == 412:
+        return "was replaced since it was listed: index the trajectory again", "changed"
+    if status == 416:
+        return "is shorter than expected: it is truncated", "short"
+    if status is None or status in (408, 425, 429) or status >= 500:
+        return f"can't be reached ({reason}): try again when the storage is well", "unreachable"
+    return f"was refused ({reason}): correct the request", "refused"
+
+
+def _status(text: str) -> int | None:
+    found = re.search(r"status code: (\d{3})", text)
+    return int(found[1]) if found else None
+
+
+def _reason(error: Exception) -> str:
+    """The few words of a client's error that name no URL."""
+    text = str(error)
+    if code := re.search(r"<Code>(\w+)</Code>", text):
+        return code[1]
+    if status := re.search(r"status code: (\d{3}[\w ]*)", text):
+        return status[1].strip()
+    last = text.split("\n")[0].rpartition(" - ")[2]
+    return re.sub(r"\S+://\S+", "...", last)[:120]
+
+
+def _client(url: str, retries: int) -> Any:
+    patience: dict[str, Any] = {
+        "max_retries": retries,
+        "retry_timeout": timedelta(seconds=30),
+        "backoff": {
+            "init_backoff": timedelta(seconds=FIRST_PAUSE),
+            "max_backoff": timedelta(seconds=5),
+            "base": 2,
+        },
+    }
+    options: dict[str, Any] = {"timeout": "120s", "connect_timeout": "5s", "read_timeout": "30s"}
+    scheme = urlsplit(url).scheme
+    if scheme == "hf":
+        url = hub_address(url)
+        if token := os.environ.get("HF_TOKEN"):
+            options["default_headers"] = {"authorization": f"Bearer {token}"}
+    if url.startswith("http://") or os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        options["allow_http"] = True
+    make: Any = HTTPStore.from_url if scheme in ("http", "https", "hf") else from_url
+    return make(url, client_options=options, retry_config=patience)
+
+
+def hub_address(url: str) -> str:
+    """Where the files of hf://owner/name@revision lie, at the hub that HF_ENDPOINT names or the public one."""
+    name, _, revision = url.removeprefix("hf://").partition("@")
+    endpoint = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
+    return f"{endpoint}/{name}/resolve/{quote(revision or 'main', safe='')}"
+
+
+def _run(work: Awaitable[T]) -> T:
+    async def main() -> T:
+        return await work
+
+    return asyncio.run(main())

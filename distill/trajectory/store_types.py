@@ -1,0 +1,39 @@
+"""What all stores share: an object's description, the one error, the count of bytes."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Object:
+    """A file in a store; the etag changes with its content, None where the server gives none."""
+
+    path: str
+    size: int
+    etag: str | None
+
+
+class StoreError(OSError):
+    """What storage could not do: where, what happened, what to do.
+
+    kind: address, bucket, missing, denied, changed, short, listing, refused or unreachable (after all attempts).
+    """
+
+    def __init__(self, where: str, sentence: str, kind: str) -> None:
+        super().__init__(f"{where} {sentence}")
+        self.where, self.sentence, self.kind = where, sentence, kind
+
+
+@dataclass
+class Traffic:
+    """Bytes received and requests repeated; counted from several threads."""
+
+    bytes_read: int = 0
+    retries: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, num_bytes: int) -> None:
+        with self._lock:
+            self.bytes_read += num_bytes
