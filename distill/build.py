@@ -19,6 +19,7 @@ from distill.models import build_model, check_split, load_model, num_parameters,
 from distill.run_folder import read_schedule
 from distill.schedule import Schedule, make_schedule
 from distill.teacher import Teacher
+from distill.trajectory.audit.verdicts import refuse_bad_steps
 from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
 from distill.trajectory.store import open_store
 
@@ -55,6 +56,11 @@ class Run:
             return 0.0
         return self.teacher.follow(self.schedule, consumed)
 
+    def close(self) -> None:
+        """Give up what works beside the loop."""
+        if self.teacher:
+            self.teacher.close()
+
 
 def build_run(config: Config, world: World, folder: Path) -> Run:
     """Build every part of the run in `folder`. Raises ValueError (and its kinds) for what can't be trained on."""
@@ -65,7 +71,8 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     if config.teacher.trajectory:
         trajectory = load_manifest(config.teacher.trajectory)
         schedule = read_schedule(folder, trajectory) or first_schedule(config, trajectory)
-        teacher = Teacher(trajectory, config, samples.tokenizer, samples.sequence_length, world.device)
+        refuse_bad_steps(trajectory, (stage.checkpoint for stage in schedule.stages))
+        teacher = Teacher(trajectory, config, samples.tokenizer, samples.sequence_length, world)
         if world.is_main:
             log.info("teacher schedule\n%s", schedule.table())
     model = student_model(config, samples)

@@ -54,9 +54,20 @@ class TeacherConfig:
     """The teacher's trajectory; none for training on hard labels."""
 
     trajectory: str = _opt(
-        "", "folder with manifest.json (see `distill trajectory index`); empty: no teacher"
+        "",
+        "folder or URL (s3://, gs://, az://, https://) with manifest.json (see `distill trajectory index`); "
+        "empty: no teacher",
     )
     dtype: str = _opt("bf16", "dtype of the frozen teacher's weights", ("bf16", "fp32"))
+    zero_stage: int = _opt(
+        0, "0: whole on every rank; 3: its trunk is dealt over the ranks (DeepSpeed ZeRO 3)"
+    )
+    cache: str = _opt(
+        "",
+        "folder on each node's own disk for fetched checkpoints, e.g. $TMPDIR/teacher; "
+        "empty: ~/.cache/distill, for a trajectory in a local folder none",
+    )
+    cache_gb: float = _opt(0.0, "most that the cache may hold, in GB; 0: half of what is free on its disk")
 
 
 @dataclass

@@ -35,6 +35,7 @@ NOT_NEGATIVE = (
     "optim.clip",
     "optim.eps",
     "optim.weight_decay",
+    "teacher.cache_gb",
     "save.trajectory_every",
     "save.trajectory_first",
 )
@@ -84,6 +85,7 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             f"{c.data.mask_token_share} + {c.data.random_token_share}",
         ),
         (c.engine.zero_stage in (0, 1, 2), f"engine.zero_stage must be 0, 1 or 2, got {c.engine.zero_stage}"),
+        (c.teacher.zero_stage in (0, 3), f"teacher.zero_stage must be 0 or 3, got {c.teacher.zero_stage}"),
         (
             not (c.engine.zero_stage == 0 and c.engine.dtype == "bf16"),
             "engine.zero_stage=0 with bf16 takes a wrong first Adam step in DeepSpeed; use zero_stage=1, which costs the same",

@@ -45,10 +45,9 @@ class Schedule:
         """Teacher step that teaches the sample after `consumed` samples."""
         return self.stages[self.stage_index(consumed)].checkpoint
 
-    def checkpoint_after(self, consumed: int) -> int | None:
-        """Teacher step of the following stage, to be fetched ahead; None in the last."""
-        following = self.stage_index(consumed) + 1
-        return self.stages[following].checkpoint if following < len(self.stages) else None
+    def upcoming(self, consumed: int) -> list[int]:
+        """Teacher steps of the stages after that, in order: the first is to be fetched ahead."""
+        return [stage.checkpoint for stage in self.stages[self.stage_index(consumed) + 1 :]]
 
     @property
     def ends_on_final(self) -> bool:

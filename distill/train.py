@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
@@ -32,10 +33,11 @@ def train(config: Config) -> dict[str, Any]:
         ValueError: (and its kinds) what can't be trained on, before the first step.
     """
     world = distributed.start()
-    with claim(config, world.is_main) as folder:
+    with claim(config, world.is_main) as folder, ExitStack() as at_end:
         if (result := read_result(folder)) is not None:
             return result
         run = build_run(config, world, folder)
+        at_end.callback(run.close)
         state = checkpoint.resume(folder, run.engine, run.samples.fingerprint, world)
         window = Window(run, state)
         with window.clock:  # before the settings are stored: a bad teacher binds the folder to nothing
@@ -120,6 +122,4 @@ def finish(run: Run, state: TrainState, found: dict[str, float]) -> dict[str, An
             run.manifest.write()
         write_result(run.folder, result)
     distributed.barrier(run.world)
-    if run.teacher:
-        run.teacher.close()
     return result

@@ -44,7 +44,7 @@ def taught(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
 
 def step_of(teacher: Any) -> int:
     """The trajectory's step that holds the weights which the teacher has now."""
-    manifest = teacher._stream.manifest
+    manifest = teacher.manifest
     name = "bert.embeddings.word_embeddings.weight"
     own = teacher.model.state_dict()[name]
     for step, checkpoint in manifest.checkpoints.items():
@@ -147,10 +147,10 @@ def test_teacher_in_bf16_says_what_its_folder_says_in_bf16_at_far_positions(
         }
         build_model(task, architecture, keys, **sizes).save_pretrained(tmp_path / f"step_{step}")
     settings = config(Path("shards"), tmp_path / "run", data__task=task, teacher__dtype="bf16")
-    teacher = Teacher(index_folder(tmp_path), settings, TOKENIZER, length, torch.device("cpu"))
+    teacher = Teacher(index_folder(tmp_path), settings, TOKENIZER, length, start())
     inputs = Inputs(torch.randint(5, VOCABULARY, (1, length), generator=torch.Generator()), None, None)
     for step in (1, 2):
-        teacher.use(step, None)
+        teacher.use(step)
         said = teacher.rows(inputs, torch.arange(length))
         same = load_model(task, tmp_path / f"step_{step}", torch.bfloat16, length).eval()
         with torch.no_grad():
