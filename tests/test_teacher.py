@@ -19,7 +19,7 @@ from distill.kernels import divergence
 from distill.models import Inputs, Rows, build_model, counted_rows, load_model
 from distill.teacher import Teacher
 from distill.train import train
-from distill.trajectory.index import index_folder
+from distill.trajectory.index import index_trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of DeepSpeed and torch, about each other
 
@@ -147,7 +147,7 @@ def test_teacher_in_bf16_says_what_its_folder_says_in_bf16_at_far_positions(
         }
         build_model(task, architecture, keys, **sizes).save_pretrained(tmp_path / f"step_{step}")
     settings = config(Path("shards"), tmp_path / "run", data__task=task, teacher__dtype="bf16")
-    teacher = Teacher(index_folder(tmp_path), settings, TOKENIZER, length, start())
+    teacher = Teacher(index_trajectory(tmp_path), settings, TOKENIZER, length, start())
     inputs = Inputs(torch.randint(5, VOCABULARY, (1, length), generator=torch.Generator()), None, None)
     for step in (1, 2):
         teacher.use(step)

@@ -20,7 +20,7 @@ from data_prep.tokenizer_train import train_model
 from distill.build import first_schedule
 from distill.config import Config, ScheduleConfig
 from distill.trajectory.families import find_checkpoints
-from distill.trajectory.index import index_folder, tokenizer_identity
+from distill.trajectory.index import index_trajectory, tokenizer_identity
 from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, load_manifest
 from distill.trajectory.store import open_store
 
@@ -112,7 +112,7 @@ def test_student_learns_from_a_teacher_with_padded_logits_and_other_architecture
 def test_indexing_a_folder_finds_what_the_run_wrote(trajectory: Path) -> None:
     before = load_manifest(trajectory)
     (trajectory / "manifest.json").unlink()
-    after = index_folder(trajectory)
+    after = index_trajectory(trajectory)
     assert {s: c.files for s, c in after.checkpoints.items()} == {
         s: c.files for s, c in before.checkpoints.items()
     }
@@ -135,7 +135,7 @@ def test_broken_manifest_is_made_anew_and_the_loss_is_said(
     trajectory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (trajectory / "manifest.json").write_text("{")
-    assert index_folder(trajectory).complete
+    assert index_trajectory(trajectory).complete
     assert "is no manifest" in caplog.text
     assert "what it told of tokens and validation losses is lost" in caplog.text
 
@@ -146,7 +146,7 @@ def test_mislabelled_checkpoint_that_was_removed_leaves_the_others_known(traject
     edit(trajectory, lambda c: c["checkpoints"].append({**c["checkpoints"][-1], **double}))
     with pytest.raises(BadTrajectory, match="steps 24 and 32 hold identical weights"):
         load_manifest(trajectory)
-    assert index_folder(trajectory).losses == losses
+    assert index_trajectory(trajectory).losses == losses
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers
@@ -178,16 +178,16 @@ def run_tokenizer(arguments: list[str]) -> None:
 
 def test_tokenizer_of_a_folder_without_manifest_is_found_and_another_one_refused(trajectory: Path) -> None:
     (trajectory / "manifest.json").unlink()
-    sha = index_folder(trajectory).tokenizer_sha256
+    sha = index_trajectory(trajectory).tokenizer_sha256
     assert sha == sha256_of(trajectory / "step_00000002" / "tokenizer.json")
     path = trajectory / "step_00000008" / "tokenizer.json"
     path.write_text(path.read_text().replace("w77", "w77x"))
     with pytest.raises(BadTrajectory, match=rf"several tokenizers \({sha[:12]} at step 24, .* at step 8\)"):
-        index_folder(trajectory)
+        index_trajectory(trajectory)
     for step in (2, 4, 8, 16, 24):
         (trajectory / f"step_{step:08d}" / "tokenizer.json").unlink()
     (trajectory / "manifest.json").unlink()
-    assert index_folder(trajectory).tokenizer_sha256 is None
+    assert index_trajectory(trajectory).tokenizer_sha256 is None
 
 
 @pytest.mark.parametrize(
@@ -219,19 +219,19 @@ def test_same_weights_under_two_steps_are_refused(trajectory: Path) -> None:
     with pytest.raises(
         BadTrajectory, match="steps 4 and 16 hold identical weights; one of them is mislabelled"
     ):
-        index_folder(trajectory)
+        index_trajectory(trajectory)
 
 
 def test_mixed_architectures_and_empty_checkpoints_are_refused(trajectory: Path) -> None:
     path = trajectory / "step_00000004" / "config.json"
     path.write_text(path.read_text().replace('"vocab_size": 128', '"vocab_size": 129'))
     with pytest.raises(BadTrajectory, match=r"of several kinds .*\('bert', 128\), \('bert', 129\)"):
-        index_folder(trajectory)
+        index_trajectory(trajectory)
     (trajectory / "step_00000004" / "model.safetensors").unlink()
     with pytest.raises(
         BadTrajectory, match=r"step_00000004 needs config.json and \*.safetensors, got \['config.json'"
     ):
-        index_folder(trajectory)
+        index_trajectory(trajectory)
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -243,7 +243,7 @@ def rewrite(trajectory: Path, step: int, change: Callable[[dict[str, torch.Tenso
     weights = load_file(path)
     change(weights)
     save_file(weights, path, {"format": "pt"})
-    index_folder(trajectory)
+    index_trajectory(trajectory)
 
 
 def first_of(weights: dict[str, torch.Tensor], value: float) -> None:
@@ -284,7 +284,7 @@ BAD = {
         ["teacher step 24", WEIGHTS_24, "is missing"],
     ),
     "weights truncated before they were indexed": (
-        lambda f: (truncate(f / WEIGHTS_24), index_folder(f)),
+        lambda f: (truncate(f / WEIGHTS_24), index_trajectory(f)),
         {},
         ["teacher step 24", "can't be loaded"],
     ),
@@ -341,7 +341,7 @@ def hide_vocabulary(trajectory: Path) -> None:
     for step in (2, 4, 8, 16):
         shutil.rmtree(trajectory / f"step_{step:08d}")
     model.save_pretrained(folder)
-    index_folder(trajectory)
+    index_trajectory(trajectory)
     edit(trajectory, lambda c: c.update(vocab_size=128, tokenizer_sha256=None))
 
 
@@ -417,12 +417,12 @@ def test_trajectory_that_grows_changes_nothing_for_a_run_that_goes_on(
     """The final teacher of the first start stays the final teacher."""
     final = trajectory / "step_00000024"
     final.rename(tmp_path / "later")
-    index_folder(trajectory)
+    index_trajectory(trajectory)
     changes = {"schedule__kind": "equal", "teacher__trajectory": str(trajectory), "log__every": 1}
     arguments = ["train", *settings(shards, tmp_path / "run", **changes)]
     assert distill(arguments, tmp_path, Kill("distill.engine:Engine.step", 8)).code == -9
     (tmp_path / "later").rename(final)
-    index_folder(trajectory)
+    index_trajectory(trajectory)
     distill(arguments, tmp_path).ok()
     assert [row["teacher_step"] for row in rows(tmp_path / "run", "train")] == [2] * 3 + [4] * 3 + [8] * 3 + [
         16

@@ -14,6 +14,7 @@ from distill.trajectory.store import Store, StoreError, open_store
 SCHEMA = 2
 NAME = "manifest.json"
 WEIGHTS = (".safetensors", ".bin")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt")
 
 
 class BadTrajectory(ValueError):
@@ -50,6 +51,11 @@ class Checkpoint:
     def weights(self) -> tuple[str, ...]:
         """sha256 of the weight files, in the order of their names; `? N bytes` for those not read yet."""
         return tuple(sha or f"? {size} bytes" for size, sha in (self.files[name] for name in self.shards))
+
+    @property
+    def tokenizer(self) -> tuple[tuple[str, str], ...]:
+        """(name, sha256) of the tokenizer's files; empty if the checkpoint came without."""
+        return tuple((name, self.files[name][1]) for name in TOKENIZER if name in self.files)
 
     @property
     def is_hashed(self) -> bool:
@@ -112,19 +118,12 @@ class Manifest:
 
 
 def load_manifest(where: str | Path | Store) -> Manifest:
-    """Read and check the manifest at a folder, a URL or a store.
+    """The manifest at a folder, a URL or a store. Whether its checkpoints are good, the audit tells.
 
     Raises:
-        BadTrajectory: no or unreadable manifest, another schema, or the same weights under two steps.
+        BadTrajectory: no or unreadable manifest, or another schema.
         StoreError: the storage can't be reached, refuses the credentials, or has no such bucket.
     """
-    manifest = read_manifest(where)
-    refuse_duplicates(manifest)
-    return manifest
-
-
-def read_manifest(where: str | Path | Store) -> Manifest:
-    """The manifest as it stands. Raises as `load_manifest`, but not for double weights."""
     store = open_store(where) if isinstance(where, str | Path) else where
     name, command = f"{store.url}/{NAME}", f"`distill trajectory index {store.url}`"
     try:
@@ -152,19 +151,6 @@ def _checkpoint(content: dict[str, Any]) -> Checkpoint:
         if ".." in PurePosixPath(path).parts or path.startswith("/"):
             raise ValueError(f"path {path!r} leads out of the trajectory")
     return checkpoint
-
-
-def refuse_duplicates(manifest: Manifest) -> None:
-    """Raises BadTrajectory where two steps hold the same weights: one of them is mislabelled."""
-    seen: dict[tuple[str, ...], int] = {}
-    for step, checkpoint in manifest.checkpoints.items():
-        weights = checkpoint.weights
-        if checkpoint.is_hashed and weights in seen:
-            raise BadTrajectory(
-                f"{manifest.url}: steps {seen[weights]} and {step} hold identical weights; one of them is mislabelled. "
-                f"Remove the wrong one and run `distill trajectory index` again"
-            )
-        seen[weights] = step
 
 
 def verify(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> None:
@@ -196,16 +182,12 @@ def describe(
     Raises:
         BadTrajectory: no safetensors or no config.json.
     """
-    files = {
-        p.name: [p.stat().st_size, sha256_of(p)]
-        for p in sorted(folder.iterdir())
-        if p.suffix in (".safetensors", ".json")
-    }
-    refuse_empty(files, str(folder))
+    files = {p.name: [p.stat().st_size, sha256_of(p)] for p in sorted(folder.iterdir()) if is_part(p.name)}
+    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+        raise BadTrajectory(f"{folder} needs config.json and *.safetensors, got {sorted(files)}")
     return Checkpoint(step, location, files, tokens, loss)
 
 
-def refuse_empty(files: dict[str, list[Any]], where: str) -> None:
-    """Raises BadTrajectory without a config or without weights among `files`."""
-    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
-        raise BadTrajectory(f"{where} needs config.json and *.safetensors, got {sorted(files)}")
+def is_part(name: str) -> bool:
+    """Whether a file belongs to a checkpoint: weights, configuration and tokenizer; no pickle, no optimizer."""
+    return name.endswith((".safetensors", ".json")) or name in TOKENIZER

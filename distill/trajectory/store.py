@@ -341,8 +341,11 @@ def _client(url: str, retries: int) -> Any:
 def hub_address(url: str) -> str:
     """Where the files of hf://owner/name@revision lie, at the hub that HF_ENDPOINT names or the public one."""
     name, _, revision = url.removeprefix("hf://").partition("@")
-    endpoint = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
-    return f"{endpoint}/{name}/resolve/{quote(revision or 'main', safe='')}"
+    return f"{hub_endpoint()}/{name}/resolve/{quote(revision or 'main', safe='')}"
+
+
+def hub_endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
 
 
 def _run(work: Awaitable[T]) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,16 @@ class Object:
     path: str
     size: int
     etag: str | None
+
+
+@dataclass
+class Folder:
+    """Files that may be a checkpoint: its name, its location as in the manifest, {file: [bytes, sha256 or None]}."""
+
+    name: str
+    location: str
+    files: dict[str, list[Any]] = field(default_factory=dict)
+    etags: dict[str, str | None] = field(default_factory=dict)
 
 
 class StoreError(OSError):
