@@ -62,6 +62,12 @@ class TeacherConfig:
     zero_stage: int = _opt(
         0, "0: whole on every rank; 3: its trunk is dealt over the ranks (DeepSpeed ZeRO 3)"
     )
+    unfinished: str = _opt(
+        "refuse",
+        "a teacher whose run has not ended: refuse it where the schedule needs more than is there; at a stage's start "
+        "wait for its checkpoint, or go on with the newest (and record that)",
+        ("refuse", "wait", "newest"),
+    )
     cache: str = _opt(
         "",
         "folder on each node's own disk for fetched checkpoints, e.g. $TMPDIR/teacher; "

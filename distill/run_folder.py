@@ -81,8 +81,13 @@ def store_settings(
     """
     write_text(folder / CONFIG, to_yaml(config))
     if schedule and trajectory:
-        content = {**json.loads(schedule.to_json()), WEIGHTS: _weights(schedule, trajectory)}
-        write_text(folder / SCHEDULE, json.dumps(content, indent=1))
+        store_schedule(folder, schedule, trajectory)
+
+
+def store_schedule(folder: Path, schedule: Schedule, trajectory: Manifest) -> None:
+    """Record what teaches when, and its weights as far as they exist."""
+    content = {**json.loads(schedule.to_json()), WEIGHTS: _weights(schedule, trajectory)}
+    write_text(folder / SCHEDULE, json.dumps(content, indent=1))
 
 
 def read_schedule(folder: Path, trajectory: Manifest) -> Schedule | None:

@@ -11,7 +11,7 @@ import bisect
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from distill.config import Config, OptimConfig, Ramp, ScheduleConfig
@@ -29,13 +29,25 @@ class Stage:
 class Schedule:
     """Stages in order, over `total_samples` in batches of `batch_size`.
 
-    `final_checkpoint` is the trajectory's last.
+    `final_checkpoint` is the trajectory's last. The last `unsettled` stages name checkpoints that a teacher which is
+    still training has yet to leave; what teaches them is settled when they start.
     """
 
     stages: tuple[Stage, ...]
     total_samples: int
     batch_size: int
     final_checkpoint: int
+    unsettled: int = 0
+
+    def is_settled(self, stage: int) -> bool:
+        """Whether the checkpoint of the stage with this index is decided."""
+        return stage < len(self.stages) - self.unsettled
+
+    def settle(self, stage: int, checkpoint: int) -> Schedule:
+        """The same with `checkpoint` teaching the stage, for good."""
+        stages = list(self.stages)
+        stages[stage] = Stage(stages[stage].first_sample, checkpoint)
+        return replace(self, stages=tuple(stages), unsettled=len(stages) - stage - 1)
 
     def stage_index(self, consumed: int) -> int:
         """Index of the stage that teaches the sample after `consumed` samples."""
@@ -72,6 +84,7 @@ class Schedule:
                 "total_samples": self.total_samples,
                 "batch_size": self.batch_size,
                 "final_checkpoint": self.final_checkpoint,
+                "unsettled": self.unsettled,
                 "stages": [[s.first_sample, s.checkpoint] for s in self.stages],
             },
             indent=1,

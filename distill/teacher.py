@@ -39,15 +39,14 @@ class Teacher:
 
         Returns the seconds that this took. Raises BadTrajectory, OSError as `CheckpointStream.swap_in`.
         """
-        if step == self.step:
-            return 0.0
         start = time.perf_counter()
         stream = self._stream or self._build(step)
-        stream.swap_in(step)
+        if step != self.step:
+            stream.swap_in(step)
         if self.step is None and self.model is not None:
             check_split(self.model)
         self.step = step
-        if upcoming:
+        if upcoming and upcoming[0] != step and upcoming[0] in self.manifest.checkpoints:
             stream.prefetch(upcoming[0], upcoming[1:])
         return time.perf_counter() - start
 

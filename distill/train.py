@@ -70,6 +70,8 @@ def train(config: Config) -> dict[str, Any]:
                 checkpoint.save_to_trajectory(
                     run.manifest, run.engine.model, run.tokenizer, state, found["hard"], world
                 )
+            with window.clock:  # of a teacher that is still training, before the step is saved
+                window.stall_seconds += run.await_teacher(state.consumed)
             stop = agree_on_stop(stop_signal(), world)
             if due.save or stop:
                 refuse_diverged(float(grad_norm), "gradient norm", state, config)

@@ -26,7 +26,7 @@ run_dir seed steps batch_size micro_batch_size
 data.shards data.task data.mask_rate data.mask_token_share data.random_token_share
 data.isolate_documents data.shuffle_window data.num_workers
 model.architecture model.overrides model.init_from
-teacher.trajectory teacher.dtype teacher.zero_stage teacher.cache teacher.cache_gb
+teacher.trajectory teacher.dtype teacher.zero_stage teacher.unfinished teacher.cache teacher.cache_gb
 schedule.kind schedule.checkpoints schedule.num_stages schedule.stage_steps schedule.early_share
 schedule.stages schedule.speed
 objective.weights objective.temperature objective.temperature_on objective.temperature_squared

@@ -45,15 +45,15 @@ class CheckpointStream:
         self.fetcher, self._staged = fetcher, Staged(model, own_part)
         self._config = _what_it_computes(first)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-teacher")
-        self._pending: dict[int, Future[None]] = {}
+        self._pending: tuple[int, Future[None]] | None = None  # what the copy holds, or will
 
     def prefetch(self, step: int, upcoming: Sequence[int] = ()) -> None:
         """Start to read the checkpoint of teacher step `step`, unless that is under way.
 
         upcoming: the steps needed afterwards, in order.
         """
-        if step not in self._pending:
-            self._pending[step] = self._thread.submit(self._stage, step, upcoming)
+        if self._pending is None or self._pending[0] != step:
+            self._pending = (step, self._thread.submit(self._stage, step, upcoming))
 
     def swap_in(self, step: int) -> None:
         """Give the model these weights, in place, once they are there.
@@ -63,7 +63,8 @@ class CheckpointStream:
             OSError: storage or the disk can't give them.
         """
         self.prefetch(step)
-        self._pending.pop(step).result()
+        assert self._pending is not None
+        self._pending[1].result()
         self._staged.swap_in()
 
     def close(self) -> None:
