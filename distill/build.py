@@ -25,6 +25,7 @@ from distill.signals import Stopped, stop_signal
 from distill.teacher import Teacher
 from distill.trajectory.audit.verdicts import refuse_bad_steps
 from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
+from distill.trajectory.publish import Publisher
 from distill.trajectory.store import open_store
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Run:
     teacher: Teacher | None
     trajectory: Manifest | None  # that teaches
     growing: Growing | None  # the same while its run may not have ended
-    manifest: Manifest | None  # of the trajectory that this run leaves
+    publisher: Publisher | None  # of the trajectory that this run leaves
 
     @property
     def vocab_size(self) -> int:
@@ -79,6 +80,8 @@ class Run:
         """Give up what works beside the loop."""
         if self.teacher:
             self.teacher.close()
+        if self.publisher:
+            self.publisher.close()
 
 
 def build_run(config: Config, world: World, folder: Path) -> Run:
@@ -100,9 +103,9 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     log.info("model: %s, %.2f M parameters", model.config.model_type, num_parameters(model) / 1e6)
     model.to(device=world.device)  # type: ignore[call-arg]  # transformers wraps Module.to untyped
     engine = Engine(model, config, world, accumulation)
-    manifest = (
-        own_trajectory(folder, model.config, samples.tokenizer) if config.save.trajectory_every else None
-    )
+    publisher = None
+    if config.save.trajectory_every:
+        publisher = own_trajectory(config, world, folder, model.config, samples.tokenizer)
     validation = validation_samples(config)
     return Run(
         config,
@@ -116,7 +119,7 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
         teacher,
         trajectory,
         growing,
-        manifest,
+        publisher,
     )
 
 
@@ -196,10 +199,15 @@ def student_model(config: Config, samples: Samples) -> PreTrainedModel:
     return model
 
 
-def own_trajectory(folder: Path, model: PretrainedConfig, tokenizer: TokenizerInfo) -> Manifest:
-    """The manifest of the trajectory that this run leaves: new, or as it stands when the run goes on."""
+def own_trajectory(
+    config: Config, world: World, folder: Path, model: PretrainedConfig, tokenizer: TokenizerInfo
+) -> Publisher:
+    """The trajectory that this run leaves: new, or as it stands when the run goes on. Rank 0 alone publishes it."""
     root = folder / "trajectory"
     if (root / "manifest.json").exists():
-        return load_manifest(root)
-    root.mkdir(exist_ok=True)
-    return Manifest(open_store(root), "distill", model.model_type, model.vocab_size, tokenizer.sha256)
+        own = load_manifest(root)
+    else:
+        root.mkdir(exist_ok=True)
+        own = Manifest(open_store(root), "distill", model.model_type, model.vocab_size, tokenizer.sha256)
+    to = config.save.trajectory_to if world.is_main else ""
+    return Publisher(own, open_store(to) if to else None)

@@ -155,6 +155,15 @@ class SaveConfig:
     trajectory_first: int = _opt(
         0, "first checkpoint of the trajectory; doubled until trajectory_every; 0: no log-spaced start"
     )
+    trajectory_drop_every: int = _opt(
+        0, "the same inside the loss drop, where most is learned from a trajectory; 0: no more than elsewhere"
+    )
+    trajectory_drop: float = _opt(
+        0.5, "loss drop: the validation loss falls by more nats per doubling of steps between two checkpoints"
+    )
+    trajectory_to: str = _opt(
+        "", "URL (s3://, gs://, az://) to send the trajectory to; empty: it stays in run_dir"
+    )
 
 
 @dataclass

@@ -38,6 +38,8 @@ NOT_NEGATIVE = (
     "teacher.cache_gb",
     "save.trajectory_every",
     "save.trajectory_first",
+    "save.trajectory_drop_every",
+    "save.trajectory_drop",
 )
 # A key of the schedule that the chosen kind doesn't read would be ignored in silence.
 READ_BY = {
@@ -134,10 +136,13 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             all(len(pair) == 2 for pair in stage.stages),
             f"schedule.stages must be pairs [student step, teacher step], got {stage.stages}",
         ),
-        (
-            not c.save.trajectory_first or c.save.trajectory_every > 0,
-            "save.trajectory_first needs save.trajectory_every, the steps between the later checkpoints",
-        ),
+        *[
+            (
+                not at[key] or c.save.trajectory_every > 0,
+                f"{key} needs save.trajectory_every, the steps between the later checkpoints",
+            )
+            for key in ("save.trajectory_first", "save.trajectory_drop_every", "save.trajectory_to")
+        ],
     ]
 
 

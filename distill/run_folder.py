@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "objective.kernel",
     "save.every",
     "save.keep",
+    "save.trajectory_to",
     "log.every",
     "log.eval_every",
 )

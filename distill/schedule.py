@@ -258,6 +258,17 @@ def is_trajectory_step(step: int, every: int, first: int) -> bool:
     return step % every == 0 or log_spaced
 
 
+def in_loss_drop(left: Sequence[Sequence[float]], drop: float) -> bool:
+    """Whether the loss fell by more than `drop` nats per doubling of steps between the last two checkpoints.
+
+    left: their [step, validation loss].
+    """
+    if len(left) < 2:
+        return False
+    (before, high), (after, low) = left[-2:]
+    return high - low > drop * math.log2(after / before)
+
+
 @dataclass(frozen=True)
 class Due:
     """What a run does after a step."""
@@ -268,14 +279,19 @@ class Due:
     save: bool
 
 
-def due_after(step: int, config: Config) -> Due:
-    """What is due after `step` steps. A checkpoint of a trajectory is always validated, and so is the last step."""
-    last = step == config.steps
-    first, every = config.save.trajectory_first, config.save.trajectory_every
-    leave_checkpoint = is_trajectory_step(step, every, first) or (last and every > 0)
+def due_after(step: int, config: Config, left: Sequence[Sequence[float]] = ()) -> Due:
+    """What is due after `step` steps. A checkpoint of a trajectory is always validated, and so is the last step.
+
+    left: [step, validation loss] of the checkpoints left last, by which the loss drop is known.
+    """
+    last, save = step == config.steps, config.save
+    leave_checkpoint = is_trajectory_step(step, save.trajectory_every, save.trajectory_first)
+    if save.trajectory_drop_every and in_loss_drop(left, save.trajectory_drop):
+        leave_checkpoint = leave_checkpoint or step % save.trajectory_drop_every == 0
+    leave_checkpoint = leave_checkpoint or (last and save.trajectory_every > 0)
     return Due(
         log=step % config.log.every == 0,
         validate=step % config.log.eval_every == 0 or leave_checkpoint or last,
         leave_checkpoint=leave_checkpoint,
-        save=step % config.save.every == 0 or last,
+        save=step % save.every == 0 or last,
     )

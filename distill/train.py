@@ -59,16 +59,16 @@ def train(config: Config) -> dict[str, Any]:
             state.step, state.consumed = state.step + 1, state.consumed + config.batch_size
             rows.advance()
 
-            due = due_after(state.step, config)
+            due = due_after(state.step, config, state.left)
             if due.log:
                 rows.row("train", state.step, window.row(state, lr, grad_norm))
             if due.validate:
                 found = validate(run.engine.model, run.validation, config, run.micro, world)
                 refuse_diverged(found["hard"], "validation loss", state, config)
                 rows.row("validation", state.step, found)
-            if run.manifest and due.leave_checkpoint:
+            if run.publisher and due.leave_checkpoint:
                 checkpoint.save_to_trajectory(
-                    run.manifest, run.engine.model, run.tokenizer, state, found["hard"], world
+                    run.publisher, run.engine.model, run.tokenizer, state, found["hard"], world
                 )
             with window.clock:  # of a teacher that is still training, before the step is saved
                 window.stall_seconds += run.await_teacher(state.consumed)
@@ -116,12 +116,11 @@ def finish(run: Run, state: TrainState, found: dict[str, float]) -> dict[str, An
     if not found:  # killed between the last checkpoint and the mark
         found = validate(run.engine.model, run.validation, run.config, run.micro, run.world)
     result = {"step": state.step, "samples": state.consumed, "tokens": state.tokens, **found}
-    if run.world.is_main:
-        if not (run.folder / "model").exists():
-            checkpoint.export(run.engine.model, run.tokenizer, run.folder / "model")
-        if run.manifest:
-            run.manifest.complete = True
-            run.manifest.write()
-        write_result(run.folder, result)
+    if run.world.is_main and not (run.folder / "model").exists():
+        checkpoint.export(run.engine.model, run.tokenizer, run.folder / "model")
     distributed.barrier(run.world)
+    if run.world.is_main:  # the others need not wait for what is still on its way
+        if run.publisher:
+            run.publisher.complete()
+        write_result(run.folder, result)
     return result

@@ -230,6 +230,7 @@ def test_json_of_a_schedule_holds_its_stages_in_samples() -> None:
         "total_samples": 80,
         "batch_size": 8,
         "final_checkpoint": 1000,
+        "unsettled": 0,
         "stages": [[0, 500], [40, 1000]],
     }
 

@@ -52,6 +52,12 @@ def add_commands(trajectory: argparse.ArgumentParser) -> Any:
     pull.add_argument("--to", type=Path, required=True, metavar="FOLDER")
     pull.add_argument("--steps", type=steps_of, metavar="N,N", help="default: all")
 
+    publish = command(
+        "publish", "send a trajectory that lies in a folder to object storage; goes on where it was cut off"
+    )
+    publish.add_argument("trajectory", metavar="FOLDER")
+    publish.add_argument("--to", required=True, metavar="URL", help="s3://bucket/prefix, gs://..., az://...")
+
     ls = command(
         "ls", "draw the trajectory: steps, tokens, sizes, validation losses (nats a token), verdicts"
     )
@@ -73,9 +79,8 @@ def steps_of(text: str) -> list[int]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Call what is behind the command. Returns the exit code."""
-    return {"index": _index, "audit": _audit, "pull": _pull, "ls": _ls, "diff": _diff}[arguments.action](
-        arguments
-    )
+    actions = {"index": _index, "audit": _audit, "pull": _pull, "publish": _publish, "ls": _ls, "diff": _diff}
+    return actions[arguments.action](arguments)
 
 
 def _index(arguments: argparse.Namespace) -> int:
@@ -111,6 +116,14 @@ def _pull(arguments: argparse.Namespace) -> int:
 
     local = pull(load_manifest(arguments.trajectory), arguments.to, arguments.steps)
     print(f"{local.url}: {len(local.checkpoints)} checkpoints, steps {list(local.checkpoints)}")
+    return 0
+
+
+def _publish(arguments: argparse.Namespace) -> int:
+    from distill.trajectory.publish import publish
+
+    there = publish(arguments.trajectory, arguments.to)
+    print(f"{there.url}: {len(there.checkpoints)} checkpoints, steps {list(there.checkpoints)}")
     return 0
 
 

@@ -27,7 +27,7 @@ SAVED_BY = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "ar
 def make_fetcher(manifest: Manifest, config: TeacherConfig, world: World) -> Fetcher:
     """The fetcher of a run: a local trajectory is read where it lies, unless `config.cache` is set. Collective."""
     is_remote = not isinstance(manifest.store, Disk) or any(
-        "://" in c.location for c in manifest.checkpoints.values()
+        not isinstance(manifest.files_of(step), Disk) for step in manifest.checkpoints
     )
     folder = None
     if config.cache or is_remote:
