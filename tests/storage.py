@@ -20,6 +20,9 @@ from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from distill.trajectory.store import StoreError, open_store
 
 BUCKET = "teacher"
 KEY, SECRET = "testkey", "testsecret"
@@ -93,16 +96,17 @@ class Seaweed:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _wait_until_it_answers(self) -> None:
-        """Until it lists the bucket, which it makes last."""
+        """Until it knows its bucket, which it makes last: before that, it refuses or finds no bucket."""
         assert self._process is not None
         end = time.monotonic() + START_SECONDS
+        with mock.patch.dict(os.environ, self.environ):
+            store = open_store(f"s3://{BUCKET}", patience=0)
         while time.monotonic() < end and self._process.poll() is None:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                connection = http.client.HTTPConnection("127.0.0.1", self._ports["s3"], timeout=5)
-                with contextlib.closing(connection):
-                    connection.request("HEAD", f"/{BUCKET}")
-                    if connection.getresponse().status == 403:  # it is there, and we are nobody
-                        return
+            try:
+                store.head("no such file")
+            except StoreError as error:
+                if error.kind == "missing":
+                    return
             time.sleep(0.1)
         said = (self.folder / "output.txt").read_text(errors="replace")[-3000:]
         raise AssertionError(f"the S3 server does not answer (exit code {self._process.poll()}):\n{said}")

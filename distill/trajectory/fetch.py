@@ -109,11 +109,11 @@ class Fetcher:
             folder.release() if held else folder.discard()
             raise
         log.info(
-            "teacher step %d: %.3f GB fetched in %.1f s, %.3f GB of it by this node from storage",
+            "teacher step %d: %.3f MB fetched in %.1f s, %.3f MB of it by this node from storage",
             step,
-            checkpoint.num_bytes / 1e9,
+            checkpoint.num_bytes / 1e6,
             time.perf_counter() - start,
-            (store.bytes_read - before) / 1e9,
+            (store.bytes_read - before) / 1e6,
         )
         self._verified.add(key)
         return held or cache.publish(folder, key)
