@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from distill.trajectory.audit.verdicts import Audit
 from distill.trajectory.manifest import Checkpoint, Manifest
@@ -77,16 +77,16 @@ def _difference(here: Sequence[object] | None, there: Sequence[object] | None) -
     return None
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Columns as wide as their widest entry; numbers to the right, the last column as it is."""
-    rows = [head, *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if cell[:1].isdigit() or row is head and i < 3 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns as wide as their widest entry; those of numbers stand to the right."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, (name, *cells))) for name, cells in zip(head, columns, strict=True)]
+    right = [all(cell == "" or cell[0].isdigit() for cell in cells) for cells in columns]
+    for row in (head, *rows):
+        cells = zip(row, widths, right, strict=True)
+        yield "  ".join(
+            c.rjust(width) if is_number else c.ljust(width) for c, width, is_number in cells
+        ).rstrip()
 
 
 def count_text(count: int | None) -> str:

@@ -16,8 +16,9 @@ from distill.trajectory.audit.headers import Headers
 from distill.trajectory.audit.listing import Finding, few
 from distill.trajectory.audit.samples import Samples
 
-LIMIT = 3.0  # times the distance of the neighbours from each other
-END_LIMIT = 8.0  # times the stretch before, for the first and the last checkpoint
+LIMIT = 2.5  # times the distance of the neighbours from each other
+START_LIMIT, END_LIMIT = 8.0, 4.0  # times the next stretch; training is fastest where it starts
+TWIN_SLACK = 1.25  # times the longest detour of the others: of equal weights only the one that fits is right
 LONGEST_RUN = (
     1 / 3
 )  # of the trajectory: more neighbours in a row at the wrong place are not told from the right ones
@@ -67,12 +68,15 @@ class Path:
         return self.between(end, second) / max(self.between(second, third) * pace, TINY)
 
     def fits(self, step: int, others: Sequence[int]) -> bool:
-        """Whether `step` lies on the path of the other steps, or beyond its end; at least two others are needed."""
+        """Whether `step` lies on the path of the others as these do themselves; at least two others are needed."""
         below, above = [s for s in others if s < step], [s for s in others if s > step]
         if below and above:
-            return self.detour(below[-1], step, above[0]) <= LIMIT
-        second, third = below[:-3:-1] if below else above[:2]
-        return self.end_detour(step, second, third) <= END_LIMIT
+            detours = [self.detour(*three) for three in zip(others, others[1:], others[2:], strict=False)]
+            limit = min(TWIN_SLACK * max(detours, default=LIMIT), LIMIT)
+            return self.detour(below[-1], step, above[0]) <= limit
+        if below:
+            return self.end_detour(step, *below[:-3:-1]) <= END_LIMIT
+        return self.end_detour(step, *above[:2]) <= START_LIMIT
 
     def jumps(self, steps: Sequence[int]) -> dict[int, float]:
         """{step off the path: its detour}, also of several in a row that lie close to each other."""
@@ -88,8 +92,8 @@ class Path:
                     first = max(first - length, 1)
                 else:
                     first += 1
-        for end, *inward in (good[:3], good[:-4:-1]):
-            if len(inward) == 2 and (detour := self.end_detour(end, *inward)) > END_LIMIT:
+        for (end, *inward), limit in ((good[:3], START_LIMIT), (good[:-4:-1], END_LIMIT)):
+            if len(inward) == 2 and (detour := self.end_detour(end, *inward)) > limit:
                 off[end] = detour
         return off
 

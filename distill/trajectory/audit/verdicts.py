@@ -15,6 +15,7 @@ from distill.trajectory.store import Store, StoreError
 log = logging.getLogger(__name__)
 NAME, SCHEMA = "audit.json", 1
 OK, BAD, TRUSTED = "ok", "bad", "trusted"
+OWN = "distill"  # family of this project's own runs, which say themselves what they wrote
 
 
 @dataclass
@@ -101,6 +102,8 @@ def refuse_bad_steps(manifest: Manifest, steps: Iterable[int]) -> None:
     """
     bad = {step: "; ".join(f.sentence for f in found) for step, found in faults_of_listing(manifest).items()}
     audit = read_audit(manifest.store)
+    if audit is None and manifest.family != OWN:
+        log.warning("%s was never audited: run `distill trajectory audit` on it", manifest.url)
     for step, verdict in (audit.steps if audit else {}).items():
         known = manifest.checkpoints.get(step)
         if known is None or verdict.weights != list(known.weights):
