@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError, PreconditionError
 from obstore.store import HTTPStore, from_url
 
 from distill.trajectory.disk import Disk
@@ -280,6 +280,8 @@ class Remote:
 def _meaning(error: Exception, text: str, reason: str) -> tuple[str, str]:
     """(sentence, kind) of a client's error with this text and reason."""
     status = _status(text)
+    if isinstance(error, NotSupportedError):
+        return "can't be read: the server sends no parts of files (range requests); use another", "refused"
     if re.search("NoSuchBucket|ContainerNotFound|bucket does not exist", text):
         return "the bucket does not exist: correct the URL, or create it", "bucket"
     if isinstance(error, FileNotFoundError) or status == 404:
