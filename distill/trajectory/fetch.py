@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -153,28 +154,43 @@ class Transfer:
         self.has_files = leaders.index in sources
 
     def run(self, folder: Path) -> None:
-        """Fill `folder`, or on a source pass on what lies there. All leaders."""
-        files = self.checkpoint.files.items()
-        hashes = {name: self._file(folder / name, size, sha) for name, (size, sha) in files}
+        """Fill `folder`, or on a source pass on what lies there. All leaders.
+
+        A file whose hash is wrong is fetched again, ATTEMPTS times in all. Raises BadTrajectory, OSError, Cancelled.
+        """
+        hashes: dict[str, str] = {}
+        for _ in range(ATTEMPTS):
+            hashes |= self._attempt(folder, [name for name in self.checkpoint.files if name not in hashes])
+            if len(hashes) == len(self.checkpoint.files):
+                break
+        else:
+            bad = next(name for name in self.checkpoint.files if name not in hashes)
+            raise BadTrajectory(
+                f"{self._name(bad)} does not have the sha256 that the manifest says, {self.checkpoint.files[bad][1]}, "
+                f"in {ATTEMPTS} fetches: the file in storage is damaged; upload it again, or use another checkpoint"
+            )
         if not self.has_files:
             write_text(folder / HASHES, json.dumps(hashes, indent=1))
 
-    def _file(self, path: Path, size: int, sha: str | None) -> str:
-        """sha256 of the file as it lies there at the end. Fetches it again when that is not the manifest's."""
-        together = self.leaders.together
-        for attempt in range(1, ATTEMPTS + 1):
-            buffer = together(lambda: _mapped(path, size, self.has_files))
-            etag = self.leaders.gather(together(lambda: self._etag(path.name, size)))[0]
-            self._exchange(path.name, buffer, etag)
-            found = set(self.leaders.gather(hashlib.sha256(buffer).hexdigest()))
-            if found == {sha} or (sha is None and len(found) == 1):
-                return found.pop()
-            log.warning("%s: wrong sha256 after fetch %d of %d", path.name, attempt, ATTEMPTS)
-        raise BadTrajectory(
-            f"{self._name(path.name)} has sha256 {' and '.join(sorted(f[:12] for f in found))}, the manifest says "
-            f"{sha[:12] if sha else 'nothing'}: the file in storage is damaged; "
-            "upload it again, or use another checkpoint"
-        )
+    def _attempt(self, folder: Path, names: Sequence[str]) -> dict[str, str]:
+        """sha256 of those files that are right now on all nodes. One is hashed while the next is fetched."""
+        with ThreadPoolExecutor(1, "hash") as hasher:
+            pending = {name: hasher.submit(_sha256, self._file(folder / name)) for name in names}
+            own = {name: future.result() for name, future in pending.items()}
+        every = self.leaders.gather(own)
+        wanted = {name: self.checkpoint.files[name][1] or every[0][name] for name in names}
+        right = {name: sha for name, sha in wanted.items() if all(each[name] == sha for each in every)}
+        for name in own.keys() - right.keys():
+            log.warning("%s has the sha256 %s, not %s", self._name(name), own[name][:12], wanted[name][:12])
+        return right
+
+    def _file(self, path: Path) -> Any:
+        """The bytes of one file, exchanged."""
+        size = self.checkpoint.files[path.name][0]
+        buffer = self.leaders.together(lambda: _mapped(path, size, self.has_files))
+        etag = self.leaders.gather(self.leaders.together(lambda: self._etag(path.name, size)))[0]
+        self._exchange(path.name, buffer, etag)
+        return buffer
 
     def _etag(self, name: str, size: int) -> str | None:
         """Of the file in storage, asked by one leader, so that all slices come from the same."""
@@ -210,6 +226,10 @@ class Transfer:
 
     def _name(self, name: str) -> str:
         return f"teacher step {self.checkpoint.step}: {self.store.url}/{name}"
+
+
+def _sha256(buffer: Any) -> str:
+    return hashlib.sha256(buffer).hexdigest()
 
 
 def _mapped(path: Path, size: int, reads_only: bool) -> Any:
