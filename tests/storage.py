@@ -143,7 +143,7 @@ def _is_free(port: int) -> bool:
 
 # ------------------------------------------------------------------------------------------------ faults
 
-FAULTS = ("latency", "500", "503", "429", "reset", "truncated", "flipped", "stale")
+FAULTS = ("latency", "500", "503", "429", "reset", "truncated", "flipped", "stale", "lost")
 REMEMBERED_BYTES = 1 << 20  # of an answer that may be given again later
 
 
@@ -152,7 +152,8 @@ class FaultProxy:
 
     rates: {fault: share of the requests}; `latency` waits `latency` seconds, `429` says Retry-After, `reset` cuts the
     connection within the body, `truncated` closes it there under the right Content-Length, `flipped` changes a byte,
-    `stale` repeats an older answer to the same request. injected counts them; `paused` passes everything on.
+    `stale` repeats an older answer to the same request, `lost` cuts the connection once the server has done what was
+    asked. injected counts them; `paused` passes everything on.
     """
 
     def __init__(
@@ -234,7 +235,9 @@ def _handler_of(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                 self._send(int(fault), [("Retry-After", "1")] if fault == "429" else [], b"")
                 return
             answer = self._ask(body)
-            if answer is None:
+            if fault == "lost":
+                proxy.count(fault)
+            if answer is None or fault == "lost":
                 self.close_connection = True
                 return
             key = (self.command, self.path, self.headers.get("Range") or "")

@@ -173,6 +173,22 @@ def test_passing_faults_are_tried_again_until_the_bytes_are_right(
             assert store.traffic.retries >= proxy.injected[fault]
 
 
+def test_file_whose_creation_was_not_confirmed_is_known_as_ours(
+    seaweed: Seaweed, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fault_proxy(seaweed.address, {"lost": 0.4}, seed=5) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        store = open_store(bucket)
+        for name in map(str, range(12)):
+            assert store.create(name, f"ours {name}".encode())
+            assert not store.create(name, b"theirs")
+            assert store.replace(name, b"newer", store.head(name).etag or "")
+        assert proxy.injected["lost"] > 5
+    monkeypatch.setenv("AWS_ENDPOINT_URL", seaweed.address)
+    direct = open_store(bucket)
+    assert {direct.read(found.path) for found in direct.objects()} == {b"newer"}
+
+
 def test_all_requests_failing_ends_with_one_clear_sentence(
     seaweed: Seaweed, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_prep.files import whole_file
-from distill.trajectory.store_types import Object, StoreError, Traffic
+from distill.trajectory.storage import Object, StoreError, Traffic
 
 LOCK = ".store.lock"
 

@@ -90,10 +90,12 @@ def _num_tokens(checkpoint: Checkpoint, texts: Mapping[str, bytes]) -> int | Non
     """Tokens that the tokenizer knows, its highest id and one; None where its files don't tell."""
     files = dict(checkpoint.tokenizer)
     if HUGGINGFACE_NAME in files:
-        content = json.loads(texts[files[HUGGINGFACE_NAME]])
-        vocabulary = content["model"].get("vocab", {})
+        content = _json(checkpoint, HUGGINGFACE_NAME, texts)
+        vocabulary = content.get("model", {}).get("vocab", {})
         ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
-        return max([*ids, *(token["id"] for token in content.get("added_tokens", []))], default=-1) + 1
+        return (
+            max([*ids, *(token["id"] for token in content.get("added_tokens", []))], default=-1) + 1 or None
+        )
     if MODEL_NAME in files:
         return len(parse_model(texts[files[MODEL_NAME]]).pieces)
     if "vocab.txt" in files:

@@ -16,8 +16,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlencode
 from urllib.request import Request, urlopen
 
+from distill.trajectory.storage import Folder, StoreError
 from distill.trajectory.store import hub_endpoint
-from distill.trajectory.store_types import Folder, StoreError
 
 ATTEMPTS, TIMEOUT = 6, 30.0  # seconds for an answer
 PASSING = (408, 429, 500, 502, 503, 504)

@@ -16,8 +16,8 @@ from distill.trajectory.facts import describe_common
 from distill.trajectory.families import read_names
 from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, is_part, load_manifest
 from distill.trajectory.sources import find_folders
+from distill.trajectory.storage import Folder
 from distill.trajectory.store import Store, open_store
-from distill.trajectory.store_types import Folder
 
 log = logging.getLogger(__name__)
 BIN = re.compile(r"pytorch_model.*\.bin")

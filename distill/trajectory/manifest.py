@@ -82,6 +82,7 @@ class Manifest:
     tied: bool | None = None
     dtype: str | None = None
     checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
+    _opened: dict[str, Store] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def url(self) -> str:
@@ -97,9 +98,10 @@ class Manifest:
         location = self.checkpoints[step].location
         if "://" not in location:
             return self.store.under(location)
-        elsewhere = open_store(location)
-        elsewhere.traffic = self.store.traffic  # counted together
-        return elsewhere
+        if location not in self._opened:  # with its connections
+            self._opened[location] = open_store(location)
+            self._opened[location].traffic = self.store.traffic  # counted together
+        return self._opened[location]
 
     def add(self, checkpoint: Checkpoint) -> None:
         """Record a checkpoint whose files are in place, and write the manifest."""
@@ -112,7 +114,7 @@ class Manifest:
         self.store.write(NAME, self.to_json().encode())
 
     def to_json(self) -> str:
-        told = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "store"}
+        told = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
         told["checkpoints"] = [dataclasses.asdict(c) for c in self.checkpoints.values()]
         return json.dumps({"schema": SCHEMA, **told}, indent=1)
 

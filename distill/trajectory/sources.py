@@ -6,8 +6,8 @@ import re
 from pathlib import PurePosixPath
 
 from distill.trajectory import hub
+from distill.trajectory.storage import Folder
 from distill.trajectory.store import Store, open_store
-from distill.trajectory.store_types import Folder
 
 # models--owner--name/refs/<branch> holds the commit under models--owner--name/snapshots/
 REFS = re.compile(r"((?:models--[^/]+/)?)refs(?:/.*)?")

@@ -7,78 +7,35 @@ merges neighbouring ranges into one stream, which costs a factor of ten where a 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
-import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import HTTPStore, from_url
 
 from distill.trajectory.disk import Disk
-from distill.trajectory.store_types import Object, StoreError, Traffic
+from distill.trajectory.storage import Object, Store, StoreError, Traffic
+from distill.trajectory.store_errors import meaning, reason_of
 
 PIECE_BYTES = 8 << 20
 AT_ONCE = 16  # requests of one read_into
 SMALL_AT_ONCE = 32  # requests of one read_many
 ATTEMPTS, CHANGED_ATTEMPTS = 20, 3
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds
+WARNED_AFTER = 3  # attempts
 PATIENCE = 120.0  # seconds a request is repeated before it is given up
 HUB = "https://huggingface.co"
-REMOTE = ("s3", "gs", "az", "abfs", "abfss", "http", "https", "hf")
+REMOTE = ("s3", "gs", "az", "http", "https", "hf")
 T = TypeVar("T")
-
-
-class Store(Protocol):
-    """A place that holds files under paths such as `step_8/config.json`; `url` names it, free of credentials.
-
-    What can't be done is a StoreError; what a short wait can mend was tried again before.
-    """
-
-    url: str
-    traffic: Traffic
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes received since the store was opened, over all stores made of it by `under`."""
-
-    def under(self, prefix: str) -> Store:
-        """The same place, with `prefix` before every path."""
-
-    def objects(self, prefix: str = "") -> list[Object]:
-        """All files below `prefix`, sorted by path. A web server can't be listed."""
-
-    def head(self, path: str) -> Object: ...
-
-    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes [start, stop) of a file, or up to its end."""
-
-    def read_many(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """Bytes [start, stop) of each (path, start, stop), many requests at once."""
-
-    def read_into(self, path: str, view: memoryview, start: int = 0, *, etag: str | None = None) -> None:
-        """Fill `view` (uint8, one axis) with a file's bytes from `start`, in pieces of 8 MiB, many at once.
-
-        etag: of the file that is meant (`head` tells); a file replaced meanwhile is a StoreError, kind "changed".
-        """
-
-    def write(self, path: str, data: bytes) -> None:
-        """Make or replace a file, whole or not at all."""
-
-    def upload(self, local: Path, path: str) -> None:
-        """Write a file of any size, in parts."""
-
-    def create(self, path: str, data: bytes) -> bool:
-        """Write only where nothing is; False when something is."""
-
-    def replace(self, path: str, data: bytes, etag: str) -> bool:
-        """Write only over the file with this etag; False when it has another by now."""
+log = logging.getLogger(__name__)
 
 
 def open_store(url: str | Path, patience: float = PATIENCE) -> Store:
@@ -122,7 +79,9 @@ class Remote:
             # Reads are repeated here, by one rule; the parts of an upload by the client, which alone knows them.
             self._client, self._uploader = _client(url, 0), _client(url, 8)
         except (BaseError, ValueError) as error:
-            raise StoreError(url, f"can't be opened ({_reason(error)}): correct the URL", "address") from None
+            raise StoreError(
+                url, f"can't be opened ({reason_of(error)}): correct the URL", "address"
+            ) from None
 
     def __repr__(self) -> str:
         return f"Remote({self.url})"
@@ -154,9 +113,7 @@ class Remote:
         return Object(path, found["size"], found["e_tag"])
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
-        if stop is None:
-            stop = self.head(path).size
-        return self.read_many([(path, start, stop)])[0]
+        return bytes(_run(self._piece(path, start, stop, None))[0])
 
     def read_many(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         async def one(path: str, start: int, stop: int) -> bytes:
@@ -188,40 +145,57 @@ class Remote:
             raise self._error(path, "was replaced while it was read: read it again", "changed")
 
     def write(self, path: str, data: bytes) -> None:
-        self._put(path, data)
+        _run(self._put(path, data))
 
     def upload(self, local: Path, path: str) -> None:
-        self._put(path, local)
+        local.stat()  # a missing one is not the storage's fault
+        _run(self._put(path, local))
 
     def create(self, path: str, data: bytes) -> bool:
-        return self._put(path, data, mode="create")
+        return _run(self._put_if(path, data, "create"))
 
     def replace(self, path: str, data: bytes, etag: str) -> bool:
-        return self._put(path, data, mode={"e_tag": etag})
+        return _run(self._put_if(path, data, {"e_tag": etag}))
 
-    def _put(self, path: str, data: bytes | Path, **options: Any) -> bool:
-        """False when the condition in `options` does not hold."""
-        if self._readonly:
-            raise self._error(
-                path, "can't be written, it is no object storage: give s3://, gs:// or az://", "listing"
-            )
+    async def _put(self, path: str, data: bytes | Path) -> None:
+        self._refuse_to_write(path)
+        await self._persist(
+            path,
+            lambda: obstore.put_async(self._uploader, self._key(path), data, chunk_size=PIECE_BYTES),
+        )
+
+    async def _put_if(self, path: str, data: bytes, mode: Any) -> bool:
+        """Write unless the condition fails. One that fails in a later attempt may be the work of an earlier one."""
+        self._refuse_to_write(path)
+        attempts = 0
 
         async def put() -> bool:
+            nonlocal attempts
+            attempts += 1
             try:
-                await obstore.put_async(
-                    self._uploader, self._key(path), data, chunk_size=PIECE_BYTES, **options
-                )
+                await obstore.put_async(self._client, self._key(path), data, mode=mode)
             except (AlreadyExistsError, PreconditionError):
-                return False
+                return attempts > 1 and bytes((await self._piece(path, 0, None, None))[0]) == data
             return True
 
-        return _run(self._persist(path, put))
+        return await self._persist(path, put)
 
-    async def _piece(self, path: str, start: int, stop: int, etag: str | None) -> tuple[Any, str | None]:
-        """(bytes [start, stop), etag of the file they come from)."""
-        if stop <= start:
+    def _refuse_to_write(self, path: str) -> None:
+        if self._readonly:
+            said = "can't be written, it is no object storage: give s3://, gs:// or az://"
+            raise self._error(path, said, "listing")
+
+    async def _piece(
+        self, path: str, start: int, stop: int | None, etag: str | None
+    ) -> tuple[Any, str | None]:
+        """(bytes [start, stop) or up to the end, etag of the file they come from)."""
+        if stop is not None and stop <= start:
             return b"", etag
-        options: Any = {"range": (start, stop)}
+        options: Any = {}
+        if stop is not None:
+            options["range"] = (start, stop)
+        elif start:
+            options["range"] = {"offset": start}
         if etag and not etag.startswith("W/"):  # a weak one never matches
             options["if_match"] = etag
 
@@ -232,12 +206,13 @@ class Remote:
                 raise self._error(
                     path, f"was replaced (etag {tag}, expected {etag}): read it again", "changed"
                 )
-            if size < stop:
-                raise self._error(path, f"has {size} bytes, {stop} were expected: it is truncated", "short")
+            last = size if stop is None else stop
+            if size < last:
+                raise self._error(path, f"has {size} bytes, {last} were expected: it is truncated", "short")
             data = await answer.bytes_async()
             self.traffic.add(len(data))
-            if len(data) != stop - start:
-                raise self._error(path, f"sent {len(data)} bytes of {stop - start}", "unreachable")
+            if len(data) != last - start:
+                raise self._error(path, f"sent {len(data)} bytes of {last - start}", "unreachable")
             return data, tag
 
         return await self._persist(path, get)
@@ -260,7 +235,9 @@ class Remote:
             pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1)
             if attempt >= attempts or time.monotonic() + pause > end:
                 break
-            self.traffic.retries += 1
+            self.traffic.add(retries=1)
+            if attempt == WARNED_AFTER:
+                log.warning("%s; trying again for up to %.0f s", fault, end - time.monotonic())
             await asyncio.sleep(pause)
         if attempt > 1:
             fault = StoreError(fault.where, f"{fault.sentence} ({attempt} attempts)", fault.kind)
@@ -268,54 +245,13 @@ class Remote:
 
     async def _fault(self, path: str, error: Exception) -> StoreError:
         """What the client's error means, in one sentence. Its own text may quote a signed URL, so it is not shown."""
-        text, reason = str(error), _reason(error)
+        text, reason = str(error), reason_of(error)
         if isinstance(error, FileNotFoundError) and "HEAD" in text[:500]:  # the answer to a HEAD has no body
             try:
                 await obstore.get_async(self._client, self._key(path))
             except (BaseError, OSError) as second:
                 text = str(second)
-        return self._error(path, *_meaning(error, text, reason))
-
-
-def _meaning(error: Exception, text: str, reason: str) -> tuple[str, str]:
-    """(sentence, kind) of a client's error with this text and reason."""
-    status = _status(text)
-    if isinstance(error, NotSupportedError):
-        return "can't be read: the server sends no parts of files (range requests); use another", "refused"
-    if re.search("NoSuchBucket|ContainerNotFound|bucket does not exist", text):
-        return "the bucket does not exist: correct the URL, or create it", "bucket"
-    if isinstance(error, FileNotFoundError) or status == 404:
-        return "does not exist: index the trajectory again, or upload it", "missing"
-    if "169.254.169.254" in text or "metadata.google" in text:
-        return "no credentials were found: set them in the environment (AWS_ACCESS_KEY_ID, ...)", "denied"
-    if status in (401, 403):
-        return (
-            f"the credentials were refused ({reason}): check those in the environment and what they may read",
-            "denied",
-        )
-    if isinstance(error, PreconditionError) or status == 412:
-        return "was replaced since it was listed: index the trajectory again", "changed"
-    if status == 416:
-        return "is shorter than expected: it is truncated", "short"
-    if status is None or status in (408, 425, 429) or status >= 500:
-        return f"can't be reached ({reason}): try again when the storage is well", "unreachable"
-    return f"was refused ({reason}): correct the request", "refused"
-
-
-def _status(text: str) -> int | None:
-    found = re.search(r"status code: (\d{3})", text)
-    return int(found[1]) if found else None
-
-
-def _reason(error: Exception) -> str:
-    """The few words of a client's error that name no URL."""
-    text = str(error)
-    if code := re.search(r"<Code>(\w+)</Code>", text):
-        return code[1]
-    if status := re.search(r"status code: (\d{3}[\w ]*)", text):
-        return status[1].strip()
-    last = text.split("\n")[0].rpartition(" - ")[2]
-    return re.sub(r"\S+://\S+", "...", last)[:120]
+        return self._error(path, *meaning(error, text, reason))
 
 
 def _client(url: str, retries: int) -> Any:

@@ -62,7 +62,10 @@ def judge(
 
 
 def read_audit(store: Store) -> Audit | None:
-    """The audit beside a manifest; None where there is none."""
+    """The audit beside a manifest; None where there is none.
+
+    To who may not list a bucket, S3 says of what is missing that it is forbidden.
+    """
     try:
         content = json.loads(store.read(NAME))
         if content.pop("schema") != SCHEMA:
@@ -70,7 +73,7 @@ def read_audit(store: Store) -> Audit | None:
         steps = {int(step): _verdict(told) for step, told in content.pop("steps").items()}
         return Audit(**content, steps=steps)
     except StoreError as error:
-        if error.kind == "missing":
+        if error.kind in ("missing", "denied"):
             return None
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
