@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -162,6 +163,11 @@ def test_object_storage_is_indexed_without_its_weights_and_with_them_on_request(
     assert there.store.bytes_read < weights / 4  # all tokenizers are one
     assert list(difference_lines(here, there)) == []
     assert hashes(index_trajectory(bucket, full=True)) == hashes(here)
+    manifest = load_manifest(bucket)
+    manifest.checkpoints[8] = dataclasses.replace(manifest.checkpoints[8], validation_loss=2.5)
+    manifest.write()
+    again = index_trajectory(bucket)  # what is known of unchanged files stays known
+    assert (again.losses, hashes(again)) == ({8: 2.5}, hashes(here))
 
 
 def test_web_server_with_a_manifest_is_audited_and_pulled_from(

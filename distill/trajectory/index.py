@@ -141,9 +141,10 @@ def _carry_over(manifest: Manifest) -> None:
         return
     same = {s for s, c in manifest.checkpoints.items() if _same(c, before.checkpoints.get(s))}
     for step in same:
-        known = before.checkpoints[step]
+        known, now = before.checkpoints[step], manifest.checkpoints[step]
         manifest.checkpoints[step] = dataclasses.replace(
-            manifest.checkpoints[step],
+            now,
+            files={name: [size, sha or known.files[name][1]] for name, (size, sha) in now.files.items()},
             tokens=known.tokens,
             validation_loss=known.validation_loss,
             probes=known.probes,
@@ -154,4 +155,11 @@ def _carry_over(manifest: Manifest) -> None:
 
 
 def _same(now: Checkpoint, before: Checkpoint | None) -> bool:
-    return before is not None and now.files == before.files
+    """Whether all that is known of the files agrees: sizes, and the hashes that both have.
+
+    Should other weights of that size lie there, their hash refuses them when they are fetched.
+    """
+    if before is None or now.files.keys() != before.files.keys():
+        return False
+    pairs = [(entry, before.files[name]) for name, entry in now.files.items()]
+    return all(a[0] == b[0] and (a[1] == b[1] or None in (a[1], b[1])) for a, b in pairs)
