@@ -13,6 +13,7 @@ from pathlib import Path
 from distill.config import help_text
 from distill.config_reader import load_config
 from distill.signals import Stopped, catch_stop_signals
+from distill.trajectory import commands as trajectory_commands
 
 TRAIN_HELP = """keys (defaults < YAML files < key=value):
 {keys}
@@ -62,16 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     trajectory = commands.add_parser("trajectory", help="a teacher's checkpoints as one object")
-    actions = trajectory.add_subparsers(dest="action", required=True)
-    index = actions.add_parser(
-        "index", help="write the manifest of a folder of checkpoints (step_N, stepN, checkpoint-N, ...)"
-    )
-    index.add_argument("folder", type=Path)
+    trajectory_commands.add_commands(trajectory)
     return parser
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Call the one function behind the command.
+def run(arguments: argparse.Namespace) -> int:
+    """Call the one function behind the command. Returns the exit code.
 
     Imports are here because torch takes seconds and --help should not.
     """
@@ -90,12 +87,8 @@ def run(arguments: argparse.Namespace) -> None:
 
         report(evaluate_folder(arguments.model, load_config([], ["run_dir=.", *arguments.settings])))
     elif arguments.command == "trajectory":
-        from distill.trajectory.index import index_folder
-
-        manifest = index_folder(arguments.folder)
-        print(
-            f"{manifest.family}: {len(manifest.checkpoints)} checkpoints, steps {list(manifest.checkpoints)}"
-        )
+        return trajectory_commands.run(arguments)
+    return 0
 
 
 def report(result: Mapping[str, object]) -> None:
@@ -110,7 +103,7 @@ def main() -> int:
         catch_stop_signals()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        run(arguments)
+        return run(arguments)
     except Stopped as stopped:
         print(f"distill: {stopped}", file=sys.stderr)
         return 128 + stopped.signal_number
@@ -118,7 +111,6 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"distill: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

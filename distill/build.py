@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +14,19 @@ from transformers import PretrainedConfig, PreTrainedModel
 from data_prep.shards import TokenizerInfo
 from distill.config import Config, ScheduleConfig
 from distill.data import Samples
-from distill.distributed import World
+from distill.distributed import World, agree_on_stop
 from distill.engine import Engine
 from distill.evaluate import validation_samples
+from distill.growing import Growing
 from distill.models import build_model, check_split, load_model, num_parameters, quiet_transformers
 from distill.run_folder import read_schedule
 from distill.schedule import Schedule, make_schedule
+from distill.signals import Stopped, stop_signal
 from distill.teacher import Teacher
+from distill.trajectory.audit.verdicts import refuse_bad_steps
 from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
+from distill.trajectory.publish import Publisher
+from distill.trajectory.store import open_store
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +45,8 @@ class Run:
     schedule: Schedule | None
     teacher: Teacher | None
     trajectory: Manifest | None  # that teaches
-    manifest: Manifest | None  # of the trajectory that this run leaves
+    growing: Growing | None  # the same while its run may not have ended
+    publisher: Publisher | None  # of the trajectory that this run leaves
 
     @property
     def vocab_size(self) -> int:
@@ -48,11 +56,32 @@ class Run:
     def tokenizer(self) -> Path:
         return Path(self.config.data.shards) / "tokenizer"
 
+    def await_teacher(self, consumed: int) -> float:
+        """Wait for a teacher that is still training, where the next sample needs its next checkpoint. Seconds waited."""
+        if self.growing is None or self.schedule is None or consumed >= self.schedule.total_samples:
+            return 0.0
+        start = time.perf_counter()
+        self.schedule = self.growing.settle(self.schedule, consumed)
+        return time.perf_counter() - start
+
     def follow_schedule(self, consumed: int) -> float:
-        """Let the checkpoint teach that rules after `consumed` samples. Seconds waited for it."""
+        """Let the checkpoint teach that rules after `consumed` samples. Seconds waited for it.
+
+        Raises Stopped where a signal came while the teacher's own run was waited for.
+        """
         if self.teacher is None or self.schedule is None or consumed >= self.schedule.total_samples:
             return 0.0
-        return self.teacher.follow(self.schedule, consumed)
+        waited = self.await_teacher(consumed)
+        if not self.schedule.is_settled(self.schedule.stage_index(consumed)):
+            raise Stopped(agree_on_stop(stop_signal(), self.world), consumed // self.schedule.batch_size)
+        return waited + self.teacher.follow(self.schedule, consumed)
+
+    def close(self) -> None:
+        """Give up what works beside the loop."""
+        if self.teacher:
+            self.teacher.close()
+        if self.publisher:
+            self.publisher.close()
 
 
 def build_run(config: Config, world: World, folder: Path) -> Run:
@@ -60,23 +89,37 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     quiet_transformers()
     samples = Samples(config.data, "train", config.seed, shuffle=True)
     micro, accumulation = layout(config, world)
-    schedule, teacher, trajectory = None, None, None
+    schedule, teacher, trajectory, growing = None, None, None, None
     if config.teacher.trajectory:
-        trajectory = load_manifest(Path(config.teacher.trajectory))
+        trajectory = load_manifest(config.teacher.trajectory)
         schedule = read_schedule(folder, trajectory) or first_schedule(config, trajectory)
-        teacher = Teacher(trajectory, config, samples.tokenizer, samples.sequence_length, world.device)
+        refuse_bad_steps(trajectory, (stage.checkpoint for stage in schedule.stages))
+        teacher = Teacher(trajectory, config, samples.tokenizer, samples.sequence_length, world)
+        if schedule.unsettled:
+            growing = Growing(trajectory, config.teacher.unfinished, folder, world)
         if world.is_main:
             log.info("teacher schedule\n%s", schedule.table())
     model = student_model(config, samples)
     log.info("model: %s, %.2f M parameters", model.config.model_type, num_parameters(model) / 1e6)
     model.to(device=world.device)  # type: ignore[call-arg]  # transformers wraps Module.to untyped
     engine = Engine(model, config, world, accumulation)
-    manifest = (
-        own_trajectory(folder, model.config, samples.tokenizer) if config.save.trajectory_every else None
-    )
+    publisher = None
+    if config.save.trajectory_every:
+        publisher = own_trajectory(config, world, folder, model.config, samples.tokenizer)
     validation = validation_samples(config)
     return Run(
-        config, world, folder, samples, validation, engine, micro, schedule, teacher, trajectory, manifest
+        config,
+        world,
+        folder,
+        samples,
+        validation,
+        engine,
+        micro,
+        schedule,
+        teacher,
+        trajectory,
+        growing,
+        publisher,
     )
 
 
@@ -87,22 +130,25 @@ def first_schedule(config: Config, trajectory: Manifest) -> Schedule:
         BadTrajectory: the teacher's own run has not ended, and the schedule would take its newest checkpoint
             for the final one.
     """
-    if not trajectory.complete and not names_its_teachers(config.schedule):
+    named = named_teachers(config.schedule)
+    if not trajectory.complete and not named:
         raise BadTrajectory(
-            f"{trajectory.root}: the teacher's run has not ended, its newest checkpoint is "
+            f"{trajectory.url}: the teacher's run has not ended, its newest checkpoint is "
             f"step {max(trajectory.checkpoints, default=0)}: let it end, or name every teacher step that "
             "schedule.kind needs in schedule.checkpoints (two_shot: both; explicit: in schedule.stages)"
         )
-    return make_schedule(
-        config.schedule, list(trajectory.checkpoints), trajectory.losses, config.steps, config.batch_size
-    )
+    grows = not trajectory.complete and config.teacher.unfinished != "refuse"
+    available = sorted({*trajectory.checkpoints, *(named if grows else [])})
+    schedule = make_schedule(config.schedule, available, trajectory.losses, config.steps, config.batch_size)
+    return dataclasses.replace(schedule, unsettled=len(schedule.stages)) if grows else schedule
 
 
-def names_its_teachers(schedule: ScheduleConfig) -> bool:
-    """Whether the config alone decides which teacher steps teach, so that a longer trajectory changes nothing."""
+def named_teachers(schedule: ScheduleConfig) -> list[int]:
+    """All teacher steps of the schedule, if the config alone decides them; a longer trajectory changes nothing then."""
     if schedule.kind == "explicit":
-        return bool(schedule.stages)
-    return len(schedule.checkpoints) >= (2 if schedule.kind == "two_shot" else 1)
+        return [checkpoint for _, checkpoint in schedule.stages]
+    enough = 2 if schedule.kind == "two_shot" else 1
+    return schedule.checkpoints if len(schedule.checkpoints) >= enough else []
 
 
 def layout(config: Config, world: World) -> tuple[int, int]:
@@ -153,10 +199,15 @@ def student_model(config: Config, samples: Samples) -> PreTrainedModel:
     return model
 
 
-def own_trajectory(folder: Path, model: PretrainedConfig, tokenizer: TokenizerInfo) -> Manifest:
-    """The manifest of the trajectory that this run leaves: new, or as it stands when the run goes on."""
+def own_trajectory(
+    config: Config, world: World, folder: Path, model: PretrainedConfig, tokenizer: TokenizerInfo
+) -> Publisher:
+    """The trajectory that this run leaves: new, or as it stands when the run goes on. Rank 0 alone publishes it."""
     root = folder / "trajectory"
     if (root / "manifest.json").exists():
-        return load_manifest(root)
-    root.mkdir(exist_ok=True)
-    return Manifest(root, "distill", model.model_type, model.vocab_size, tokenizer.sha256)
+        own = load_manifest(root)
+    else:
+        root.mkdir(exist_ok=True)
+        own = Manifest(open_store(root), "distill", model.model_type, model.vocab_size, tokenizer.sha256)
+    to = config.save.trajectory_to if world.is_main else ""
+    return Publisher(own, open_store(to) if to else None)

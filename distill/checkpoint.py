@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from distill.distributed import World, barrier, from_main
 from distill.engine import Engine
 from distill.files import publish_folder, write_text, writing
-from distill.trajectory.manifest import Manifest, describe
+from distill.trajectory.manifest import describe
+from distill.trajectory.publish import Publisher
 
 log = logging.getLogger(__name__)
 STATE = "state.json"  # written last inside a checkpoint: a folder without it is no checkpoint
@@ -31,12 +32,14 @@ class TrainState:
     The teacher, its temperature, the learning rate, the sample order and the masks are functions of
     `consumed`.
     window: sums since the last metrics row, so that a resumed run writes the same rows.
+    left: [step, validation loss] of the last two checkpoints of the trajectory, by which the save rule goes.
     """
 
     step: int = 0
     consumed: int = 0
     tokens: float = 0.0
     window: dict[str, float] = dataclasses.field(default_factory=dict)
+    left: list[list[float]] = dataclasses.field(default_factory=list)
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
@@ -109,19 +112,21 @@ def resume(folder: Path, engine: Engine, data: str, world: World) -> TrainState:
 
 
 def save_to_trajectory(
-    manifest: Manifest, engine: Engine, tokenizer: Path, state: TrainState, loss: float, world: World
+    publisher: Publisher, engine: Engine, tokenizer: Path, state: TrainState, loss: float, world: World
 ) -> None:
-    """Add the model as it is now to the run's trajectory. Collective.
+    """Add the model as it is now, of validation loss `loss`, to the run's trajectory. Collective.
 
-    The Hugging Face folder comes first, then its line in the manifest.
+    The Hugging Face folder comes first, then its line in the manifest. One that is there already stays: a run that
+    goes on from before it comes here again, and somebody may be learning from it.
     """
     weights = engine.weights()
-    if world.is_main:
-        final = manifest.root / f"step_{state.step:08d}"
-        if final.exists():  # a resumed run comes here again, with the same weights
+    if world.is_main and state.step not in publisher.own.checkpoints:
+        final = publisher.folder / f"step_{state.step:08d}"
+        if final.exists():
             shutil.rmtree(final)
         export(engine.model, weights, tokenizer, final)
-        manifest.add(describe(manifest.root, state.step, final, int(state.tokens), loss))
+        publisher.add(describe(final, final.name, state.step, int(state.tokens), loss))
+    state.left = [*state.left, [state.step, loss]][-2:]
     barrier(world)
 
 

@@ -54,9 +54,26 @@ class TeacherConfig:
     """The teacher's trajectory; none for training on hard labels."""
 
     trajectory: str = _opt(
-        "", "folder with manifest.json (see `distill trajectory index`); empty: no teacher"
+        "",
+        "folder or URL (s3://, gs://, az://, https://) with manifest.json (see `distill trajectory index`); "
+        "empty: no teacher",
     )
     dtype: str = _opt("bf16", "dtype of the frozen teacher's weights", ("bf16", "fp32"))
+    zero_stage: int = _opt(
+        0, "0: whole on every rank; 3: its trunk is dealt over the ranks (DeepSpeed ZeRO 3)"
+    )
+    unfinished: str = _opt(
+        "refuse",
+        "a teacher whose run has not ended: refuse it where the schedule needs more than is there; at a stage's start "
+        "wait for its checkpoint, or go on with the newest (and record that)",
+        ("refuse", "wait", "newest"),
+    )
+    cache: str = _opt(
+        "",
+        "folder on each node's own disk for fetched checkpoints, e.g. $TMPDIR/teacher; "
+        "empty: ~/.cache/distill, for a trajectory in a local folder none",
+    )
+    cache_gb: float = _opt(0.0, "most that the cache may hold, in GB; 0: half of what is free on its disk")
 
 
 @dataclass
@@ -140,6 +157,15 @@ class SaveConfig:
     )
     trajectory_first: int = _opt(
         0, "first checkpoint of the trajectory; doubled until trajectory_every; 0: no log-spaced start"
+    )
+    trajectory_drop_every: int = _opt(
+        0, "the same inside the loss drop, where most is learned from a trajectory; 0: no more than elsewhere"
+    )
+    trajectory_drop: float = _opt(
+        0.5, "loss drop: the validation loss falls by more nats per doubling of steps between two checkpoints"
+    )
+    trajectory_to: str = _opt(
+        "", "URL (s3://, gs://, az://) to send the trajectory to; empty: it stays in run_dir"
     )
 
 

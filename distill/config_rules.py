@@ -37,8 +37,11 @@ NOT_NEGATIVE = (
     "optim.clip",
     "optim.eps",
     "optim.weight_decay",
+    "teacher.cache_gb",
     "save.trajectory_every",
     "save.trajectory_first",
+    "save.trajectory_drop_every",
+    "save.trajectory_drop",
 )
 COLDEST_SOFT = 1e-4  # below it the teacher is its arg-max
 # A key of the schedule that the chosen kind doesn't read would be ignored in silence.
@@ -91,6 +94,7 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             c.engine.zero_stage in range(4),
             f"engine.zero_stage must be 0, 1, 2 or 3, got {c.engine.zero_stage}",
         ),
+        (c.teacher.zero_stage in (0, 3), f"teacher.zero_stage must be 0 or 3, got {c.teacher.zero_stage}"),
         (
             not (c.engine.zero_stage == 0 and c.engine.dtype == "bf16"),
             "engine.zero_stage=0 with bf16 takes a wrong first Adam step in DeepSpeed; use zero_stage=1, which costs the same",
@@ -152,10 +156,13 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             all(len(pair) == 2 for pair in stage.stages),
             f"schedule.stages must be pairs [student step, teacher step], got {stage.stages}",
         ),
-        (
-            not c.save.trajectory_first or c.save.trajectory_every > 0,
-            "save.trajectory_first needs save.trajectory_every, the steps between the later checkpoints",
-        ),
+        *[
+            (
+                not at[key] or c.save.trajectory_every > 0,
+                f"{key} needs save.trajectory_every, the steps between the later checkpoints",
+            )
+            for key in ("save.trajectory_first", "save.trajectory_drop_every", "save.trajectory_to")
+        ],
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 # DeepSpeed would compile this C++ op at every first start (half a minute); only its inference code calls it.
@@ -177,6 +179,57 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+# ------------------------------------------------------------------------------------------------ teacher
+
+
+def partitioned(build: Callable[[], PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
+    """A frozen model whose trunk is dealt over the ranks (ZeRO 3): they gather a layer when they come to it.
+
+    `build` makes it without weights, which `own_part` then takes. The head stays whole on each rank: the divergence
+    reads it in chunks, of which ranks have unequal numbers, so it can't be gathered there. Collective.
+    """
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        # No weight outlives its use, or a swap of the parts would leave the old one in place.
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
+        },
+        "steps_per_print": 1_000_000_000,
+    }
+    # Buffers, such as rotary frequencies, keep their dtype, and torch keeps its own linear.
+    on_device = [DeepSpeedTensorOverride.device]
+    with deepspeed.zero.Init(
+        config_dict_or_path=settings, mem_efficient_linear=False, tensor_overrides=on_device
+    ):
+        model = build()
+    _unpartition_head(model)
+    model.requires_grad_(False).eval()
+    deepspeed.initialize(model=model.base_model, config=settings)
+    return model
+
+
+def _unpartition_head(model: PreTrainedModel) -> None:
+    """Make whole what stands outside the trunk, also a weight that is tied to one in it."""
+    trunk = set(model.base_model.modules())
+    fresh: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)) if module not in trunk else ():
+            part, shape, _ = own_part(p)
+            fresh.setdefault(id(p), nn.Parameter(part.new_zeros(shape)))
+            setattr(module, name, fresh[id(p)])
+
+
+def own_part(tensor: Any) -> tuple[Tensor, tuple[int, ...], int]:
+    """(this rank's part, flat, to be overwritten in place; shape of the whole; index of the part's first element)."""
+    if not hasattr(tensor, "ds_tensor"):
+        return tensor.data.view(-1), tuple(tensor.shape), 0
+    part = tensor.ds_tensor.data.view(-1)
+    return part, tuple(tensor.ds_shape), torch.distributed.get_rank() * part.numel()
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import copy
 import difflib
 import logging
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,9 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -165,11 +168,7 @@ def load_model(task: str, folder: Path, dtype: torch.dtype, sequence_length: int
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} can't be loaded as a {task} model: {error}") from error
     model, report = loaded
-    others = [name for name, known in ARCHITECTURES.items() if model.config.model_type in known]
-    if others and task not in others:  # transformers makes a causal model of a BERT, one that looks ahead
-        raise ValueError(
-            f"{folder} holds a {model.config.model_type}, a model for {others[0]}, not for {task}"
-        )
+    _check_task(task, model.config, folder)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder} lacks the weights {missing[:5]}: is it a {task} model?")
     if mismatched := sorted(report["mismatched_keys"]):
@@ -180,6 +179,51 @@ def load_model(task: str, folder: Path, dtype: torch.dtype, sequence_length: int
         )
     _check_positions(model.config, sequence_length, f"{folder}/config.json max_position_embeddings")
     return typing.cast(PreTrainedModel, model)
+
+
+def empty_model(task: str, folder: Path, dtype: torch.dtype, sequence_length: int) -> PreTrainedModel:
+    """The model of a Hugging Face folder without its weights: what memory held there is what they are.
+
+    Raises:
+        ValueError: the folder's config can't be read, can't do `task`, needs code of its own, or has too few positions.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with no_init_weights():
+            model = AUTO[task].from_config(
+                config, dtype=dtype, trust_remote_code=False, attn_implementation=ATTENTION
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} can't be loaded as a {task} model: {error}") from error
+    _check_task(task, model.config, folder)
+    _check_positions(model.config, sequence_length, f"{folder}/config.json max_position_embeddings")
+    model.tie_weights()
+    return typing.cast(PreTrainedModel, model)
+
+
+def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Name in a checkpoint's files -> name in the model, as transformers maps those of other versions.
+
+    Raises:
+        ValueError: a weight that transformers would compute from those stored, so that it can't be read by itself.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    known = dict.fromkeys(model.state_dict(), True)
+    names = {}
+    for old in stored:
+        names[old], converter = rename_source_key(old, renamings, converters, model.base_model_prefix, known)
+        if converter is not None:
+            raise ValueError(f"{model.config.model_type}: {old} is stored in another form than the model's")
+    return names
+
+
+def _check_task(task: str, config: PretrainedConfig, folder: Path) -> None:
+    """transformers makes a causal model of a BERT, one that looks ahead."""
+    others = [name for name, known in ARCHITECTURES.items() if config.model_type in known]
+    if others and task not in others:
+        raise ValueError(f"{folder} holds a {config.model_type}, a model for {others[0]}, not for {task}")
 
 
 def _check_positions(config: PretrainedConfig, sequence_length: int, key: str) -> None:

@@ -30,10 +30,14 @@ MAY_CHANGE = (
     "data.shards",
     "data.num_workers",
     "teacher.trajectory",
+    "teacher.zero_stage",
+    "teacher.cache",
+    "teacher.cache_gb",
     "objective.chunk_rows",
     "objective.kernel",
     "save.every",
     "save.keep",
+    "save.trajectory_to",
     "log.every",
     "log.eval_every",
 )
@@ -78,8 +82,13 @@ def store_settings(
     """
     write_text(folder / CONFIG, to_yaml(config))
     if schedule and trajectory:
-        content = {**json.loads(schedule.to_json()), WEIGHTS: _weights(schedule, trajectory)}
-        write_text(folder / SCHEDULE, json.dumps(content, indent=1))
+        store_schedule(folder, schedule, trajectory)
+
+
+def store_schedule(folder: Path, schedule: Schedule, trajectory: Manifest) -> None:
+    """Record what teaches when, and its weights as far as they exist."""
+    content = {**json.loads(schedule.to_json()), WEIGHTS: _weights(schedule, trajectory)}
+    write_text(folder / SCHEDULE, json.dumps(content, indent=1))
 
 
 def read_schedule(folder: Path, trajectory: Manifest) -> Schedule | None:
@@ -98,7 +107,7 @@ def read_schedule(folder: Path, trajectory: Manifest) -> Schedule | None:
         if now.get(step) != weights:
             found = "has other weights there" if step in now else "lacks it"
             raise RunFolderError(
-                f"{folder} was started with a teacher step {step} of sha256 {weights[0][:12]}, and {trajectory.root} "
+                f"{folder} was started with a teacher step {step} of sha256 {weights[0][:12]}, and {trajectory.url} "
                 f"{found}: go back to that trajectory or choose another run_dir"
             )
     return schedule

@@ -11,7 +11,7 @@ import bisect
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from distill.config import Config, OptimConfig, Ramp, ScheduleConfig
@@ -29,13 +29,25 @@ class Stage:
 class Schedule:
     """Stages in order, over `total_samples` in batches of `batch_size`.
 
-    `final_checkpoint` is the trajectory's last.
+    `final_checkpoint` is the trajectory's last. The last `unsettled` stages name checkpoints that a teacher which is
+    still training has yet to leave; what teaches them is settled when they start.
     """
 
     stages: tuple[Stage, ...]
     total_samples: int
     batch_size: int
     final_checkpoint: int
+    unsettled: int = 0
+
+    def is_settled(self, stage: int) -> bool:
+        """Whether the checkpoint of the stage with this index is decided."""
+        return stage < len(self.stages) - self.unsettled
+
+    def settle(self, stage: int, checkpoint: int) -> Schedule:
+        """The same with `checkpoint` teaching the stage, for good."""
+        stages = list(self.stages)
+        stages[stage] = Stage(stages[stage].first_sample, checkpoint)
+        return replace(self, stages=tuple(stages), unsettled=len(stages) - stage - 1)
 
     def stage_index(self, consumed: int) -> int:
         """Index of the stage that teaches the sample after `consumed` samples."""
@@ -45,10 +57,9 @@ class Schedule:
         """Teacher step that teaches the sample after `consumed` samples."""
         return self.stages[self.stage_index(consumed)].checkpoint
 
-    def checkpoint_after(self, consumed: int) -> int | None:
-        """Teacher step of the following stage, to be fetched ahead; None in the last."""
-        following = self.stage_index(consumed) + 1
-        return self.stages[following].checkpoint if following < len(self.stages) else None
+    def upcoming(self, consumed: int) -> list[int]:
+        """Teacher steps of the stages after that, in order: the first is to be fetched ahead."""
+        return [stage.checkpoint for stage in self.stages[self.stage_index(consumed) + 1 :]]
 
     @property
     def ends_on_final(self) -> bool:
@@ -73,6 +84,7 @@ class Schedule:
                 "total_samples": self.total_samples,
                 "batch_size": self.batch_size,
                 "final_checkpoint": self.final_checkpoint,
+                "unsettled": self.unsettled,
                 "stages": [[s.first_sample, s.checkpoint] for s in self.stages],
             },
             indent=1,
@@ -246,6 +258,17 @@ def is_trajectory_step(step: int, every: int, first: int) -> bool:
     return step % every == 0 or log_spaced
 
 
+def in_loss_drop(left: Sequence[Sequence[float]], drop: float) -> bool:
+    """Whether the loss fell by more than `drop` nats per doubling of steps between the last two checkpoints.
+
+    left: their [step, validation loss].
+    """
+    if len(left) < 2:
+        return False
+    (before, high), (after, low) = left[-2:]
+    return high - low > drop * math.log2(after / before)
+
+
 @dataclass(frozen=True)
 class Due:
     """What a run does after a step."""
@@ -256,14 +279,19 @@ class Due:
     save: bool
 
 
-def due_after(step: int, config: Config) -> Due:
-    """What is due after `step` steps. A checkpoint of a trajectory is always validated, and so is the last step."""
-    last = step == config.steps
-    first, every = config.save.trajectory_first, config.save.trajectory_every
-    leave_checkpoint = is_trajectory_step(step, every, first) or (last and every > 0)
+def due_after(step: int, config: Config, left: Sequence[Sequence[float]] = ()) -> Due:
+    """What is due after `step` steps. A checkpoint of a trajectory is always validated, and so is the last step.
+
+    left: [step, validation loss] of the checkpoints left last, by which the loss drop is known.
+    """
+    last, save = step == config.steps, config.save
+    leave_checkpoint = is_trajectory_step(step, save.trajectory_every, save.trajectory_first)
+    if save.trajectory_drop_every and in_loss_drop(left, save.trajectory_drop):
+        leave_checkpoint = leave_checkpoint or step % save.trajectory_drop_every == 0
+    leave_checkpoint = leave_checkpoint or (last and save.trajectory_every > 0)
     return Due(
         log=step % config.log.every == 0,
         validate=step % config.log.eval_every == 0 or leave_checkpoint or last,
         leave_checkpoint=leave_checkpoint,
-        save=step % config.save.every == 0 or last,
+        save=step % save.every == 0 or last,
     )

@@ -2,53 +2,79 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedModel
 
 from data_prep.shards import TokenizerInfo
 from distill.config import Config
-from distill.models import DTYPES, Inputs, Rows, cast_parameters, check_split, counted_rows
+from distill.distributed import World
+from distill.engine import own_part, partitioned
+from distill.models import DTYPES, Inputs, Rows, check_split, counted_rows, empty_model
 from distill.schedule import Schedule
 from distill.trajectory.manifest import BadTrajectory, Manifest
-from distill.trajectory.stream import CheckpointStream
+from distill.trajectory.stream import CheckpointStream, make_fetcher
 
 
 class Teacher:
-    """The trajectory's checkpoints, one at a time, on one device."""
+    """The trajectory's checkpoints, one at a time, on one device or dealt over the ranks' devices (ZeRO 3)."""
 
     def __init__(
-        self,
-        manifest: Manifest,
-        config: Config,
-        tokenizer: TokenizerInfo,
-        sequence_length: int,
-        device: torch.device,
+        self, manifest: Manifest, config: Config, tokenizer: TokenizerInfo, sequence_length: int, world: World
     ) -> None:
+        """Collective, as are `use` and, under ZeRO 3, `rows`."""
         check_vocabulary(manifest, tokenizer)
-        self.device, self.dtype = device, DTYPES[config.teacher.dtype]
+        self.manifest, self.config, self.sequence_length = manifest, config, sequence_length
+        self.device = world.device
         self.model: PreTrainedModel | None = None
         self.step: int | None = None
-        self._stream = CheckpointStream(manifest, config.data.task, sequence_length)
+        self._fetcher = make_fetcher(manifest, config.teacher, world)
+        self._stream: CheckpointStream | None = None
 
-    def use(self, step: int, following: int | None) -> float:
-        """Teach with the checkpoint of teacher step `step` from now on, fetch the `following` one. Seconds waited."""
-        if step == self.step:
-            return 0.0
-        checkpoint, waited = self._stream.take(step)
-        if self.model is None:
-            check_split(checkpoint)
-            cast_parameters(checkpoint, self.dtype)
-            self.model = checkpoint.requires_grad_(False).eval().to(device=self.device)
-        else:
-            self.model.load_state_dict(checkpoint.state_dict())  # in place, cast to the teacher's dtype
+    def use(self, step: int, upcoming: Sequence[int] = ()) -> float:
+        """Teach with the checkpoint of teacher step `step` from now on, have the first `upcoming` one fetched.
+
+        Returns the seconds that this took. Raises BadTrajectory, OSError as `CheckpointStream.swap_in`.
+        """
+        start = time.perf_counter()
+        stream = self._stream or self._build(step)
+        if step != self.step:
+            stream.swap_in(step)
+        if self.step is None and self.model is not None:
+            check_split(self.model)
         self.step = step
-        if following is not None:
-            self._stream.prefetch(following)
-        return waited
+        if upcoming and upcoming[0] != step and upcoming[0] in self.manifest.checkpoints:
+            stream.prefetch(upcoming[0], upcoming[1:])
+        return time.perf_counter() - start
+
+    def _build(self, step: int) -> CheckpointStream:
+        """Make the model that this checkpoint's config describes, and the stream of weights into it."""
+        with self._fetcher.at_hand(step) as folder:
+            self.model = model = self._empty_model(folder)
+            if model.config.vocab_size != self.manifest.vocab_size:
+                raise BadTrajectory(
+                    f"teacher step {step}: {folder} has {model.config.vocab_size} logits, the manifest says "
+                    f"{self.manifest.vocab_size}: index the trajectory again"
+                )
+            self._stream = CheckpointStream(self._fetcher, folder, model, own_part)
+            return self._stream
+
+    def _empty_model(self, folder: Path) -> PreTrainedModel:
+        dtype, task = DTYPES[self.config.teacher.dtype], self.config.data.task
+
+        def build() -> PreTrainedModel:
+            return empty_model(task, folder, dtype, self.sequence_length)
+
+        if self.config.teacher.zero_stage == 3:
+            return partitioned(build, dtype)
+        return build().requires_grad_(False).eval().to(device=self.device)
 
     def follow(self, schedule: Schedule, consumed: int) -> float:
         """Be the teacher of the sample after `consumed` samples, and have the next one fetched. Seconds waited."""
-        return self.use(schedule.checkpoint_at(consumed), schedule.checkpoint_after(consumed))
+        return self.use(schedule.checkpoint_at(consumed), schedule.upcoming(consumed))
 
     @torch.no_grad()
     def rows(self, inputs: Inputs, rows_N: torch.Tensor) -> Rows:
@@ -57,7 +83,8 @@ class Teacher:
         return counted_rows(self.model, inputs, rows_N)
 
     def close(self) -> None:
-        self._stream.close()
+        if self._stream:
+            self._stream.close()
 
 
 def check_vocabulary(manifest: Manifest, tokenizer: TokenizerInfo) -> None:
@@ -68,12 +95,12 @@ def check_vocabulary(manifest: Manifest, tokenizer: TokenizerInfo) -> None:
     """
     if manifest.tokenizer_sha256 is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
         raise BadTrajectory(
-            f"{manifest.root}: the teacher was trained with tokenizer {manifest.tokenizer_sha256[:12]}, the shards were "
+            f"{manifest.url}: the teacher was trained with tokenizer {manifest.tokenizer_sha256[:12]}, the shards were "
             f"made with {tokenizer.sha256[:12]}: make shards with the teacher's tokenizer "
             "(python -m data_prep tokenizer --from ...)"
         )
     if manifest.vocab_size < tokenizer.vocab_size:
         raise BadTrajectory(
-            f"{manifest.root}: the teacher has {manifest.vocab_size} logits, the tokenizer {tokenizer.vocab_size} "
+            f"{manifest.url}: the teacher has {manifest.vocab_size} logits, the tokenizer {tokenizer.vocab_size} "
             "tokens: they don't belong together"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
@@ -32,10 +33,11 @@ def train(config: Config) -> dict[str, Any]:
         ValueError: (and its kinds) what can't be trained on, before the first step.
     """
     world = distributed.start()
-    with claim(config, world.is_main) as folder:
+    with claim(config, world.is_main) as folder, ExitStack() as at_end:
         if (result := read_result(folder)) is not None:
             return result
         run = build_run(config, world, folder)
+        at_end.callback(run.close)
         state = checkpoint.resume(folder, run.engine, run.samples.fingerprint, world)
         window = Window(run, state)
         with window.clock:  # before the settings are stored: a bad teacher binds the folder to nothing
@@ -57,17 +59,19 @@ def train(config: Config) -> dict[str, Any]:
             state.step, state.consumed = state.step + 1, state.consumed + config.batch_size
             rows.advance()
 
-            due = due_after(state.step, config)
+            due = due_after(state.step, config, state.left)
             if due.log:
                 rows.row("train", state.step, window.row(state, lr, grad_norm))
             if due.validate:
                 found = validate(run.engine.student, run.validation, config, run.micro, world)
                 refuse_diverged(found["hard"], "validation loss", state, config)
                 rows.row("validation", state.step, found)
-            if run.manifest and due.leave_checkpoint:
+            if run.publisher and due.leave_checkpoint:
                 checkpoint.save_to_trajectory(
-                    run.manifest, run.engine, run.tokenizer, state, found["hard"], world
+                    run.publisher, run.engine, run.tokenizer, state, found["hard"], world
                 )
+            with window.clock:  # of a teacher that is still training, before the step is saved
+                window.stall_seconds += run.await_teacher(state.consumed)
             stop = agree_on_stop(stop_signal(), world)
             if due.save or stop:
                 refuse_diverged(float(grad_norm), "gradient norm", state, config)
@@ -113,14 +117,11 @@ def finish(run: Run, state: TrainState, found: dict[str, float]) -> dict[str, An
         found = validate(run.engine.student, run.validation, run.config, run.micro, run.world)
     result = {"step": state.step, "samples": state.consumed, "tokens": state.tokens, **found}
     weights = run.engine.weights()
-    if run.world.is_main:
-        if not (run.folder / "model").exists():
-            checkpoint.export(run.engine.model, weights, run.tokenizer, run.folder / "model")
-        if run.manifest:
-            run.manifest.complete = True
-            run.manifest.write()
-        write_result(run.folder, result)
+    if run.world.is_main and not (run.folder / "model").exists():
+        checkpoint.export(run.engine.model, weights, run.tokenizer, run.folder / "model")
     distributed.barrier(run.world)
-    if run.teacher:
-        run.teacher.close()
+    if run.world.is_main:  # the others need not wait for what is still on its way
+        if run.publisher:
+            run.publisher.complete()
+        write_result(run.folder, result)
     return result

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from storage import BUCKET, Seaweed
 from tiny import distill, settings, write_text_shards
 
 # A slow machine is no failure, and a failure must come back: no deadlines, no chance.
@@ -36,3 +39,31 @@ def teacher_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes = {"steps": 24, "seed": 1, "save__trajectory_every": 8, "save__trajectory_first": 2}
     distill(["train", *settings(shards, folder / "run", **changes)], folder).ok()
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """The S3 server of all tests; one that kills it takes `own_seaweed`."""
+    server = Seaweed(tmp_path_factory.mktemp("seaweed"))
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def own_seaweed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Seaweed]:
+    """An S3 server that may be killed; this process and its children are its clients."""
+    server = Seaweed(tmp_path / "seaweed")
+    server.start()
+    for name, value in server.environ.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def bucket(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of an empty place on the S3 server; this process and its children have the credentials."""
+    for name, value in seaweed.environ.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"

@@ -27,7 +27,7 @@ run_dir seed steps batch_size micro_batch_size
 data.shards data.task data.mask_rate data.mask_token_share data.random_token_share
 data.isolate_documents data.shuffle_window data.num_workers
 model.architecture model.overrides model.init_from
-teacher.trajectory teacher.dtype
+teacher.trajectory teacher.dtype teacher.zero_stage teacher.unfinished teacher.cache teacher.cache_gb
 schedule.kind schedule.checkpoints schedule.num_stages schedule.stage_steps schedule.early_share
 schedule.stages schedule.speed
 objective.weights objective.beta objective.temperature objective.temperature_on objective.temperature_squared
@@ -36,6 +36,7 @@ optim.lr optim.beta1 optim.beta2 optim.eps optim.weight_decay optim.clip optim.w
 optim.decay_share optim.final_lr_share
 engine.zero_stage engine.dtype
 save.every save.keep save.trajectory_every save.trajectory_first
+save.trajectory_drop_every save.trajectory_drop save.trajectory_to
 log.every log.eval_every log.eval_samples
 """.split()
 

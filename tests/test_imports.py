@@ -29,13 +29,14 @@ FLOORS = {
         "sample_order",
     },
     1: {"kernels", "data", "engine", "metrics", "trajectory", "run_folder"},
-    2: {"objectives", "teacher", "checkpoint", "probes", "plan"},
+    2: {"objectives", "teacher", "checkpoint", "probes", "plan", "growing"},
     3: {"train", "score", "evaluate", "build", "accounting", "export"},
     4: {"experiments", "__main__"},
 }
 # Library -> the files (or folders) that may import it.
 CONFINED = {
     "deepspeed": ("distill/engine.py",),
+    "obstore": ("distill/trajectory/store.py",),
     "triton": ("distill/kernels/",),
     "webdataset": ("data_prep/verify.py", "distill/data.py"),
 }

@@ -27,7 +27,7 @@ from tiny import (
 
 from data_prep.shards import write_shards
 from distill.run_folder import MAY_CHANGE, RunFolderError, claim, read_result, store_settings, write_result
-from distill.trajectory.index import index_folder
+from distill.trajectory.index import index_trajectory
 
 
 def test_second_run_into_the_same_folder_is_refused_while_the_first_is_under_way(
@@ -159,12 +159,12 @@ def test_teacher_of_the_same_steps_but_other_weights_is_refused_by_a_run_that_go
     assert "was started with a teacher step 2 of sha256" in ended.output
     assert "other/trajectory has other weights there: go back to that trajectory" in ended.output
     shutil.move(good / "step_00000004", tmp_path / "later")
-    index_folder(good)
+    index_trajectory(good)
     ended = distill(student(good), tmp_path)
     assert ended.code == 2
     assert "teacher step 4 of sha256" in ended.output and "lacks it" in ended.output
     shutil.move(tmp_path / "later", good / "step_00000004")
-    index_folder(good)
+    index_trajectory(good)
     distill(student(good), tmp_path).ok()
 
 

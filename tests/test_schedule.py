@@ -80,9 +80,9 @@ def test_every_kind_changes_teacher_exactly_at_its_boundaries(name: str) -> None
         (first * BATCH, c) for first, c in plan
     ]
     assert s.ends_on_final is ends_on_final
-    for (first, checkpoint), following in zip(plan, [*plan[1:], None], strict=True):
+    for i, ((first, checkpoint), following) in enumerate(zip(plan, [*plan[1:], None], strict=True)):
         assert s.checkpoint_at(first * BATCH) == checkpoint
-        assert s.checkpoint_after(first * BATCH) == (following[1] if following else None)
+        assert s.upcoming(first * BATCH) == [c for _, c in plan[i + 1 :]]
         if following:  # the last sample before the boundary, and the boundary itself
             assert s.checkpoint_at(following[0] * BATCH - 1) == checkpoint
             assert s.checkpoint_at(following[0] * BATCH) == following[1]
@@ -230,6 +230,7 @@ def test_json_of_a_schedule_holds_its_stages_in_samples() -> None:
         "total_samples": 80,
         "batch_size": 8,
         "final_checkpoint": 1000,
+        "unsettled": 0,
         "stages": [[0, 500], [40, 1000]],
     }
 

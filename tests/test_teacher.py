@@ -19,7 +19,7 @@ from distill.kernels import Head, divergence
 from distill.models import Inputs, Rows, build_model, counted_rows, load_model
 from distill.teacher import Teacher
 from distill.train import train
-from distill.trajectory.index import index_folder
+from distill.trajectory.index import index_trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of DeepSpeed and torch, about each other
 
@@ -44,11 +44,11 @@ def taught(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
 
 def step_of(teacher: Any) -> int:
     """The trajectory's step that holds the weights which the teacher has now."""
-    manifest = teacher._stream.manifest
+    manifest = teacher.manifest
     name = "bert.embeddings.word_embeddings.weight"
     own = teacher.model.state_dict()[name]
     for step, checkpoint in manifest.checkpoints.items():
-        if torch.equal(load_file(manifest.root / checkpoint.folder / "model.safetensors")[name], own):
+        if torch.equal(load_file(Path(manifest.url) / checkpoint.location / "model.safetensors")[name], own):
             return int(step)
     raise AssertionError("weights of no checkpoint")
 
@@ -147,10 +147,10 @@ def test_teacher_in_bf16_says_what_its_folder_says_in_bf16_at_far_positions(
         }
         build_model(task, architecture, keys, **sizes).save_pretrained(tmp_path / f"step_{step}")
     settings = config(Path("shards"), tmp_path / "run", data__task=task, teacher__dtype="bf16")
-    teacher = Teacher(index_folder(tmp_path), settings, TOKENIZER, length, torch.device("cpu"))
+    teacher = Teacher(index_trajectory(tmp_path), settings, TOKENIZER, length, start())
     inputs = Inputs(torch.randint(5, VOCABULARY, (1, length), generator=torch.Generator()), None, None)
     for step in (1, 2):
-        teacher.use(step, None)
+        teacher.use(step)
         said = teacher.rows(inputs, torch.arange(length))
         same = load_model(task, tmp_path / f"step_{step}", torch.bfloat16, length).eval()
         with torch.no_grad():

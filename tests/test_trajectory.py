@@ -14,52 +14,16 @@ from safetensors.torch import load_file, save_file
 from tiny import LENGTH, SIZES, VOCABULARY, Kill, distill, rows, settings, write_tokenizer
 
 from data_prep.__main__ import main as data_prep_main
-from data_prep.encoding import load_tokenizer
+from data_prep.encoding import INFO_NAME, load_tokenizer
 from data_prep.files import sha256_of
 from data_prep.tokenizer_train import train_model
 from distill.build import first_schedule
 from distill.config import Config, ScheduleConfig
-from distill.trajectory.families import find_checkpoints
-from distill.trajectory.index import index_folder, tokenizer_identity
+from distill.trajectory.audit.verdicts import refuse_bad_steps
+from distill.trajectory.facts import tokenizer_identity
+from distill.trajectory.index import index_trajectory
 from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, load_manifest
-
-# ------------------------------------------------------------------------------------------------ names
-
-
-@pytest.mark.parametrize(
-    ("family", "names"),
-    [
-        ("distill", ["step_00000002", "step_00000016"]),
-        ("pythia", ["step2", "step16"]),
-        ("olmo", ["step2-tokens1B", "step16-tokens8B"]),
-        ("olmo", ["stage1-step2-tokens1B", "stage1-step16-tokens8B"]),
-        ("llm360", ["ckpt_002", "ckpt_016"]),
-        ("transformers", ["checkpoint-2", "checkpoint-16"]),
-        ("deepspeed", ["global_step2", "global_step16"]),
-        ("dashed", ["step-2", "step-16"]),
-    ],
-)
-def test_every_family_is_recognised(family: str, names: list[str], tmp_path: Path) -> None:
-    for name in [*names, "logs", "step_x"]:
-        (tmp_path / name).mkdir()
-    (tmp_path / "step_7").touch()  # a file is no checkpoint
-    found_family, found = find_checkpoints(tmp_path)
-    assert found_family == family
-    assert {step: path.name for step, path in found.items()} == dict(zip((2, 16), names, strict=True))
-
-
-def test_mixed_missing_and_double_checkpoints_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected checkpoint folders of one family .* got none"):
-        find_checkpoints(tmp_path)
-    (tmp_path / "step_1").mkdir()
-    (tmp_path / "step_01").mkdir()
-    with pytest.raises(ValueError, match="both step_01 and step_1 are step 1"):
-        find_checkpoints(tmp_path)
-    (tmp_path / "step_01").rmdir()
-    (tmp_path / "checkpoint-2").mkdir()
-    with pytest.raises(ValueError, match=r"got \['distill', 'transformers'\]"):
-        find_checkpoints(tmp_path)
-
+from distill.trajectory.store import open_store
 
 # ------------------------------------------------------------------------------------------------ manifest
 
@@ -103,7 +67,7 @@ def test_student_learns_from_a_teacher_with_padded_logits_and_other_architecture
     for name in ("new", "loaded"):
         manifest = load_manifest(tmp_path / name / "trajectory")
         assert (manifest.architecture, manifest.vocab_size) == ("modernbert", VOCABULARY + 16)
-        taught = {"teacher__trajectory": str(manifest.root), "steps": 2, "log__every": 1}
+        taught = {"teacher__trajectory": str(manifest.url), "steps": 2, "log__every": 1}
         distill(["train", *settings(shards, tmp_path / f"of_{name}", **taught)], tmp_path).ok()
         assert all(row["soft"] > 0 for row in rows(tmp_path / f"of_{name}", "train"))
 
@@ -111,7 +75,7 @@ def test_student_learns_from_a_teacher_with_padded_logits_and_other_architecture
 def test_indexing_a_folder_finds_what_the_run_wrote(trajectory: Path) -> None:
     before = load_manifest(trajectory)
     (trajectory / "manifest.json").unlink()
-    after = index_folder(trajectory)
+    after = index_trajectory(trajectory)
     assert {s: c.files for s, c in after.checkpoints.items()} == {
         s: c.files for s, c in before.checkpoints.items()
     }
@@ -134,18 +98,20 @@ def test_broken_manifest_is_made_anew_and_the_loss_is_said(
     trajectory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (trajectory / "manifest.json").write_text("{")
-    assert index_folder(trajectory).complete
+    assert index_trajectory(trajectory).complete
     assert "is no manifest" in caplog.text
     assert "what it told of tokens and validation losses is lost" in caplog.text
 
 
 def test_mislabelled_checkpoint_that_was_removed_leaves_the_others_known(trajectory: Path) -> None:
     losses = load_manifest(trajectory).losses
-    double = {"step": 32, "folder": "step_00000032"}
+    double = {"step": 32, "location": "step_00000032"}
     edit(trajectory, lambda c: c["checkpoints"].append({**c["checkpoints"][-1], **double}))
-    with pytest.raises(BadTrajectory, match="steps 24 and 32 hold identical weights"):
-        load_manifest(trajectory)
-    assert index_folder(trajectory).losses == losses
+    with pytest.raises(
+        BadTrajectory, match=r"1 bad teacher .*\n  step 32: holds the same weights as step 24"
+    ):
+        refuse_bad_steps(load_manifest(trajectory), [16, 32])
+    assert index_trajectory(trajectory).losses == losses
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers
@@ -168,35 +134,45 @@ def test_identity_of_a_checkpoints_tokenizer_is_the_one_of_shards_made_with_it(
     if source == "both files":  # as a Llama has them
         (given / "tokenizer_info.json").unlink()
     run_tokenizer(["--from", str(given), "--out", str(tmp_path / "tokenizer")])
-    assert tokenizer_identity(given) == load_tokenizer(tmp_path / "tokenizer").info.sha256
+    info = json.loads((given / INFO_NAME).read_text()) if (given / INFO_NAME).exists() else {}
+    files = {path.name: [path.stat().st_size, sha256_of(path)] for path in given.iterdir()}
+    known = tokenizer_identity(Checkpoint(0, "given", files), info)
+    assert known == load_tokenizer(tmp_path / "tokenizer").info.sha256
 
 
 def run_tokenizer(arguments: list[str]) -> None:
     assert data_prep_main(["tokenizer", *arguments]) == 0
 
 
-def test_tokenizer_of_a_folder_without_manifest_is_found_and_another_one_refused(trajectory: Path) -> None:
+def test_tokenizer_of_a_folder_without_manifest_is_found_and_another_one_refused(
+    trajectory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (trajectory / "manifest.json").unlink()
-    sha = index_folder(trajectory).tokenizer_sha256
+    sha = index_trajectory(trajectory).tokenizer_sha256
     assert sha == sha256_of(trajectory / "step_00000002" / "tokenizer.json")
     path = trajectory / "step_00000008" / "tokenizer.json"
     path.write_text(path.read_text().replace("w77", "w77x"))
-    with pytest.raises(BadTrajectory, match=rf"several tokenizers \({sha[:12]} at step 24, .* at step 8\)"):
-        index_folder(trajectory)
+    manifest = index_trajectory(trajectory)
+    assert manifest.tokenizer_sha256 == sha
+    assert caplog.messages == ["step 8: its tokenizer (tokenizer.json) is another than at most steps"]
+    with pytest.raises(
+        BadTrajectory, match=r"step 8: its tokenizer .*; the nearest good steps are \[4, 16\]"
+    ):
+        refuse_bad_steps(manifest, [4, 8])
     for step in (2, 4, 8, 16, 24):
         (trajectory / f"step_{step:08d}" / "tokenizer.json").unlink()
     (trajectory / "manifest.json").unlink()
-    assert index_folder(trajectory).tokenizer_sha256 is None
+    assert index_trajectory(trajectory).tokenizer_sha256 is None
 
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda f: (f / "manifest.json").unlink(), "does not exist: for a folder of checkpoints run"),
+        (lambda f: (f / "manifest.json").unlink(), "does not exist: for checkpoints without a manifest run"),
         (lambda f: (f / "manifest.json").write_text("{"), "is no manifest"),
         (lambda f: (f / "manifest.json").write_text("[]"), "is no manifest"),
         (lambda f: edit(f, lambda c: c.pop("schema")), "is no manifest"),
-        (lambda f: edit(f, lambda c: c.update(schema=7)), "has another schema than 1"),
+        (lambda f: edit(f, lambda c: c.update(schema=7)), "has another schema than 2"),
         (lambda f: edit(f, lambda c: c.update(colour="red")), "is no manifest"),
         (lambda f: edit(f, lambda c: c["checkpoints"][0].pop("files")), "is no manifest"),
     ],
@@ -213,24 +189,30 @@ def copy_weights(trajectory: Path, source: int, target: int) -> None:
     shutil.copy(folder / "model.safetensors", trajectory / f"step_{target:08d}" / "model.safetensors")
 
 
-def test_same_weights_under_two_steps_are_refused(trajectory: Path) -> None:
+def test_same_weights_under_two_steps_are_warned_of_and_refused_where_they_would_teach(
+    trajectory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     copy_weights(trajectory, 4, 16)
+    manifest = index_trajectory(trajectory)
+    assert "step 16: holds the same weights as step 4: one is mislabelled" in caplog.messages
+    refuse_bad_steps(manifest, [2, 8, 24])
     with pytest.raises(
-        BadTrajectory, match="steps 4 and 16 hold identical weights; one of them is mislabelled"
+        BadTrajectory, match=r"2 bad teacher checkpoint(.|\n)*nearest good steps are \[8, 24\]"
     ):
-        index_folder(trajectory)
+        refuse_bad_steps(manifest, [4, 16])
 
 
-def test_mixed_architectures_and_empty_checkpoints_are_refused(trajectory: Path) -> None:
+def test_mixed_architectures_and_empty_checkpoints_are_warned_of(
+    trajectory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = trajectory / "step_00000004" / "config.json"
     path.write_text(path.read_text().replace('"vocab_size": 128', '"vocab_size": 129'))
-    with pytest.raises(BadTrajectory, match=r"of several kinds .*\('bert', 128\), \('bert', 129\)"):
-        index_folder(trajectory)
-    (trajectory / "step_00000004" / "model.safetensors").unlink()
-    with pytest.raises(
-        BadTrajectory, match=r"step_00000004 needs config.json and \*.safetensors, got \['config.json'"
-    ):
-        index_folder(trajectory)
+    (trajectory / "step_00000008" / "model.safetensors").unlink()
+    (trajectory / "step_00000016" / "config.json").unlink()
+    manifest = index_trajectory(trajectory)
+    assert manifest.vocab_size == 128
+    assert "step 4 is of another kind (architecture, vocabulary) than most: ('bert', 129)" in caplog.messages
+    assert {"step 8: it has no weights", "step 16: config.json is missing"} <= set(caplog.messages)
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -242,7 +224,7 @@ def rewrite(trajectory: Path, step: int, change: Callable[[dict[str, torch.Tenso
     weights = load_file(path)
     change(weights)
     save_file(weights, path, {"format": "pt"})
-    index_folder(trajectory)
+    index_trajectory(trajectory)
 
 
 def first_of(weights: dict[str, torch.Tensor], value: float) -> None:
@@ -283,7 +265,7 @@ BAD = {
         ["teacher step 24", WEIGHTS_24, "is missing"],
     ),
     "weights truncated before they were indexed": (
-        lambda f: (truncate(f / WEIGHTS_24), index_folder(f)),
+        lambda f: (truncate(f / WEIGHTS_24), index_trajectory(f)),
         {},
         ["teacher step 24", "can't be loaded"],
     ),
@@ -322,6 +304,11 @@ BAD = {
         {"data__task": "clm", "model__architecture": "gpt2"},
         ["teacher step 24", "holds a bert, a model for mlm, not for clm"],
     ),
+    "the same weights under two steps": (
+        lambda f: (copy_weights(f, 8, 24), index_trajectory(f)),
+        {},
+        ["step 24: holds the same weights as step 8", "the nearest good steps are [16]"],
+    ),
     "a run that has not ended": (
         lambda f: edit(f, lambda c: c.update(complete=False)),
         {},
@@ -340,7 +327,7 @@ def hide_vocabulary(trajectory: Path) -> None:
     for step in (2, 4, 8, 16):
         shutil.rmtree(trajectory / f"step_{step:08d}")
     model.save_pretrained(folder)
-    index_folder(trajectory)
+    index_trajectory(trajectory)
     edit(trajectory, lambda c: c.update(vocab_size=128, tokenizer_sha256=None))
 
 
@@ -386,7 +373,7 @@ def test_run_that_has_not_ended_teaches_only_where_every_teacher_step_is_named(
     kind: str, changes: dict[str, Any], is_named: bool
 ) -> None:
     some = {step: Checkpoint(step, f"step_{step}", {}, None, 5.0 - step / 8) for step in (2, 4, 8, 16, 24)}
-    trajectory = Manifest(Path("teacher"), "distill", "bert", VOCABULARY, checkpoints=some)
+    trajectory = Manifest(open_store("teacher"), "distill", "bert", VOCABULARY, checkpoints=some)
     student = Config(steps=12, schedule=ScheduleConfig(kind=kind, **changes))
     if is_named:
         assert first_schedule(student, trajectory).stages
@@ -416,12 +403,12 @@ def test_trajectory_that_grows_changes_nothing_for_a_run_that_goes_on(
     """The final teacher of the first start stays the final teacher."""
     final = trajectory / "step_00000024"
     final.rename(tmp_path / "later")
-    index_folder(trajectory)
+    index_trajectory(trajectory)
     changes = {"schedule__kind": "equal", "teacher__trajectory": str(trajectory), "log__every": 1}
     arguments = ["train", *settings(shards, tmp_path / "run", **changes)]
     assert distill(arguments, tmp_path, Kill("distill.engine:Engine.step", 8)).code == -9
     (tmp_path / "later").rename(final)
-    index_folder(trajectory)
+    index_trajectory(trajectory)
     distill(arguments, tmp_path).ok()
     assert [row["teacher_step"] for row in rows(tmp_path / "run", "train")] == [2] * 3 + [4] * 3 + [8] * 3 + [
         16

@@ -205,6 +205,9 @@ class Started:
     def is_alive(self) -> bool:
         return bool(self._process.is_alive())
 
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
     def kill(self) -> None:
         """SIGKILL, unless it has ended."""
         self._process.kill()

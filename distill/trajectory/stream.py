@@ -1,71 +1,94 @@
-"""The next teacher, read and verified by a thread while the current one teaches."""
+"""The next teacher, fetched, verified and converted by a thread while the current one teaches."""
 
 from __future__ import annotations
 
-import time
+import os
+import socket
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
-from distill.models import load_model
-from distill.trajectory.manifest import BadTrajectory, Manifest, verify
+from data_prep.files import read_json
+from distill.config import TeacherConfig
+from distill.distributed import World
+from distill.trajectory.cache import Cache
+from distill.trajectory.disk import Disk
+from distill.trajectory.fetch import Fetcher
+from distill.trajectory.manifest import BadTrajectory, Manifest
+from distill.trajectory.nodes import Nodes
+from distill.trajectory.weights import OwnPart, Staged
+
+# Keys of config.json that say how a model was saved, not what it computes.
+SAVED_BY = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")
+
+
+def make_fetcher(manifest: Manifest, config: TeacherConfig, world: World) -> Fetcher:
+    """The fetcher of a run: a local trajectory is read where it lies, unless `config.cache` is set. Collective."""
+    is_remote = not isinstance(manifest.store, Disk) or any(
+        not isinstance(manifest.files_of(step), Disk) for step in manifest.checkpoints
+    )
+    folder = None
+    if config.cache or is_remote:
+        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "distill"
+        folder = Path(os.path.expandvars(config.cache or default)).expanduser()
+    nodes = Nodes(world, f"{socket.gethostname()} {folder or manifest.url}")
+    return Fetcher(manifest, nodes, Cache(folder, int(config.cache_gb * 1e9)) if folder else None)
 
 
 class CheckpointStream:
-    """Verified checkpoints of a trajectory, one ahead."""
+    """Checkpoints of a trajectory for one model, one ahead. Its calls are collective."""
 
-    def __init__(self, manifest: Manifest, task: str, sequence_length: int) -> None:
-        self.manifest, self.task, self.sequence_length = manifest, task, sequence_length
+    def __init__(self, fetcher: Fetcher, first: Path, model: PreTrainedModel, own_part: OwnPart) -> None:
+        """first: folder with the config.json that the model was built by; own_part: see `Staged`."""
+        self.fetcher, self._staged = fetcher, Staged(model, own_part)
+        self._config = _what_it_computes(first)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-teacher")
-        self._pending: dict[int, Future[PreTrainedModel]] = {}
+        self._pending: tuple[int, Future[None]] | None = None  # what the copy holds, or will
 
-    def prefetch(self, step: int) -> None:
-        """Start reading the checkpoint of teacher step `step`, unless that is under way."""
-        if step not in self._pending:
-            arguments = (self.manifest, step, self.task, self.sequence_length)
-            self._pending[step] = self._thread.submit(read_checkpoint, *arguments)
+    def prefetch(self, step: int, upcoming: Sequence[int] = ()) -> None:
+        """Start to read the checkpoint of teacher step `step`, unless that is under way.
 
-    def take(self, step: int) -> tuple[PreTrainedModel, float]:
-        """(the model, fp32 on CPU; seconds the caller waited). Raises BadTrajectory as `read_checkpoint`."""
+        upcoming: the steps needed afterwards, in order.
+        """
+        if self._pending is None or self._pending[0] != step:
+            self._pending = (step, self._thread.submit(self._stage, step, upcoming))
+
+    def swap_in(self, step: int) -> None:
+        """Give the model these weights, in place, once they are there.
+
+        Raises:
+            BadTrajectory: the step is unknown, its files differ from the manifest, or the model can't hold them.
+            OSError: storage or the disk can't give them.
+        """
         self.prefetch(step)
-        start = time.perf_counter()
-        model = self._pending.pop(step).result()
-        return model, time.perf_counter() - start
+        assert self._pending is not None
+        self._pending[1].result()
+        self._staged.swap_in()
 
     def close(self) -> None:
+        """Leave, giving up what is under way."""
+        self.fetcher.stopping.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def _stage(self, step: int, upcoming: Sequence[int]) -> None:
+        with self.fetcher.at_hand(step, upcoming) as folder:
+            self.fetcher.nodes.all.together(lambda: self._read(step, folder))
 
-def read_checkpoint(manifest: Manifest, step: int, task: str, sequence_length: int) -> PreTrainedModel:
-    """One checkpoint, after its files were checked against the manifest.
+    def _read(self, step: int, folder: Path) -> None:
+        try:
+            config = _what_it_computes(folder)
+            if others := [key for key in config if config[key] != self._config.get(key)]:
+                raise BadTrajectory(
+                    f"{folder}/config.json has another {others[0]} than the checkpoint that taught first: "
+                    f"{config[others[0]]}, not {self._config.get(others[0])}"
+                )
+            self._staged.read(folder)
+        except BadTrajectory as error:
+            raise BadTrajectory(f"teacher step {step}: {error}") from error
 
-    Raises:
-        BadTrajectory: unknown step, a file that is missing or differs, weights that the architecture needs
-            and the files lack, or a value that is not finite.
-    """
-    if step not in manifest.checkpoints:
-        raise BadTrajectory(
-            f"{manifest.root} has no teacher step {step}; it has {list(manifest.checkpoints)}"
-        )
-    checkpoint = manifest.checkpoints[step]
-    verify(manifest, checkpoint)
-    folder = Path(manifest.root) / checkpoint.folder
-    try:
-        # transformers knows shards, ties and the names that older versions gave. In fp32, because it sets the
-        # process's default dtype while it loads, and the training thread relies on that being fp32.
-        model = load_model(task, folder, torch.float32, sequence_length)
-    except ValueError as error:
-        raise BadTrajectory(f"teacher step {step}: {error}") from error
-    if model.config.vocab_size != manifest.vocab_size:
-        raise BadTrajectory(
-            f"teacher step {step}: {folder} has {model.config.vocab_size} logits, the manifest says "
-            f"{manifest.vocab_size}: index the trajectory again"
-        )
-    for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise BadTrajectory(
-                f"teacher step {step}: {name} holds values that are not finite; use another checkpoint"
-            )
-    return model
+
+def _what_it_computes(folder: Path) -> dict[str, object]:
+    config = read_json(folder / "config.json")
+    return {key: value for key, value in config.items() if key not in SAVED_BY}

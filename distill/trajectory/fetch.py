@@ -1,0 +1,244 @@
+"""A checkpoint's files brought to every node's disk and verified; each byte leaves storage once for all nodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from distill.files import write_text
+from distill.trajectory.cache import Cache, Held
+from distill.trajectory.disk import Disk
+from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, verify
+from distill.trajectory.nodes import Cancelled, Channel, Nodes
+from distill.trajectory.store import Store
+
+log = logging.getLogger(__name__)
+ROUND_BYTES = 256 << 20  # that a node reads before it passes them on
+ATTEMPTS = 3  # fetches of a file whose hash is wrong
+HASHES = "fetched.json"  # in an entry: sha256 of the files, also of those for which the manifest has none
+T = TypeVar("T")
+
+
+class Fetcher:
+    """Has the checkpoints of a trajectory at hand on this node, one at a time. Its calls are collective."""
+
+    def __init__(self, manifest: Manifest, nodes: Nodes, cache: Cache | None) -> None:
+        """cache: None for a trajectory in a local folder that is read where it lies."""
+        self.manifest, self.nodes, self.cache = manifest, nodes, cache
+        self.stopping = threading.Event()  # makes a fetch under way raise Cancelled
+        self._verified: set[str] = set()
+
+    @contextmanager
+    def at_hand(self, step: int, upcoming: Sequence[int] = ()) -> Iterator[Path]:
+        """A folder with the verified files of teacher step `step`, which stays for the block.
+
+        upcoming: teacher steps that are needed afterwards, in order; the cache keeps them rather than others.
+
+        Raises:
+            BadTrajectory: the manifest has no such step, or files that differ from it, also after a second fetch.
+            OSError: no room (StoreError: what storage could not do).
+        """
+        if step not in self.manifest.checkpoints:
+            raise BadTrajectory(
+                f"{self.manifest.url} has no teacher step {step}; it has {list(self.manifest.checkpoints)}"
+            )
+        store, key = self.manifest.files_of(step), self._key(step)
+        if self.cache is None and isinstance(store, Disk):
+            self._on_leaders(lambda: self._verify(step, store.folder, key))
+            yield store.folder
+            return
+        assert self.cache is not None, "a remote trajectory needs a cache"
+        held = self._on_leaders(lambda: self._held(step, store, key, [self._key(s) for s in upcoming]))
+        try:
+            yield self.cache.folder / key
+        finally:
+            if held:
+                held.release()
+
+    def _on_leaders(self, work: Callable[[], T]) -> T | None:
+        """Have the first rank of each node do it; all ranks go on, or raise, together."""
+        return self.nodes.all.together(lambda: work() if self.nodes.is_leader else None)
+
+    def _key(self, step: int) -> str:
+        """Name of a cache entry: a function of what the manifest says the files are, and where if it has no hashes."""
+        if step not in self.manifest.checkpoints:  # of a teacher's run that has not come so far
+            return f"step_{step:08d}-unknown"
+        checkpoint = self.manifest.checkpoints[step]
+        place = "" if checkpoint.is_hashed else f"{self.manifest.url} {checkpoint.location}"
+        told = json.dumps([place, checkpoint.files], sort_keys=True)
+        return f"step_{step:08d}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+    # -------------------------------------------------------------------------------------------- on leaders
+
+    def _verify(self, step: int, folder: Path, key: str) -> None:
+        if key in self._verified:
+            return
+        checkpoint, hashes = self.manifest.checkpoints[step], folder / HASHES
+        if hashes.exists():
+            known = json.loads(hashes.read_text(encoding="utf-8"))
+            files = {name: [size, sha or known[name]] for name, (size, sha) in checkpoint.files.items()}
+            checkpoint = dataclasses.replace(checkpoint, files=files)
+        verify(self.manifest, checkpoint, folder)
+        self._verified.add(key)
+
+    def _held(self, step: int, store: Store, key: str, upcoming: Sequence[str]) -> Held:
+        """The cache entry, fetched if any node lacks it. All leaders."""
+        leaders, cache, checkpoint = self.nodes.leaders, self.cache, self.manifest.checkpoints[step]
+        assert cache is not None
+        held = leaders.together(lambda: self._intact(step, key))
+        sources = [i for i, has in enumerate(leaders.gather(held is not None)) if has]
+        if held and len(sources) == len(leaders.ranks):
+            return held
+        start, before = time.perf_counter(), store.bytes_read
+        folder = leaders.together(lambda: held or cache.begin(key, checkpoint.num_bytes, upcoming))
+        try:
+            Transfer(store, checkpoint, leaders, sources, self.stopping).run(folder.folder)
+        except BaseException:
+            folder.release() if held else folder.discard()
+            raise
+        log.info(
+            "teacher step %d: %.3f MB fetched in %.1f s, %.3f MB of it by this node from storage",
+            step,
+            checkpoint.num_bytes / 1e6,
+            time.perf_counter() - start,
+            (store.bytes_read - before) / 1e6,
+        )
+        self._verified.add(key)
+        return held or cache.publish(folder, key)
+
+    def _intact(self, step: int, key: str) -> Held | None:
+        assert self.cache is not None
+        held = self.cache.hold(key)
+        if held is None:
+            return None
+        try:
+            self._verify(step, held.folder, key)
+        except BadTrajectory as error:
+            log.warning("%s: removing it from the cache", error)
+            held.release()
+            self.cache.remove(key)
+            return None
+        return held
+
+
+class Transfer:
+    """One checkpoint's files to the disks of the nodes that lack it, in slices.
+
+    sources: indices of the leaders that have the files and pass on slices; empty: all read slices from storage.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        checkpoint: Checkpoint,
+        leaders: Channel,
+        sources: Sequence[int],
+        stopping: threading.Event,
+    ) -> None:
+        self.store, self.checkpoint, self.leaders, self.stopping = store, checkpoint, leaders, stopping
+        self.from_storage = not sources
+        self.sources = list(sources) or list(range(len(leaders.ranks)))
+        self.has_files = leaders.index in sources
+
+    def run(self, folder: Path) -> None:
+        """Fill `folder`, or on a source pass on what lies there. All leaders.
+
+        A file whose hash is wrong is fetched again, ATTEMPTS times in all. Raises BadTrajectory, OSError, Cancelled.
+        """
+        hashes: dict[str, str] = {}
+        for _ in range(ATTEMPTS):
+            hashes |= self._attempt(folder, [name for name in self.checkpoint.files if name not in hashes])
+            if len(hashes) == len(self.checkpoint.files):
+                break
+        else:
+            bad = next(name for name in self.checkpoint.files if name not in hashes)
+            raise BadTrajectory(
+                f"{self._name(bad)} does not have the sha256 that the manifest says, {self.checkpoint.files[bad][1]}, "
+                f"in {ATTEMPTS} fetches: the file in storage is damaged; upload it again, or use another checkpoint"
+            )
+        if not self.has_files:
+            write_text(folder / HASHES, json.dumps(hashes, indent=1))
+
+    def _attempt(self, folder: Path, names: Sequence[str]) -> dict[str, str]:
+        """sha256 of those files that are right now on all nodes. One is hashed while the next is fetched."""
+        with ThreadPoolExecutor(1, "hash") as hasher:
+            pending = {name: hasher.submit(_sha256, self._file(folder / name)) for name in names}
+            own = {name: future.result() for name, future in pending.items()}
+        every = self.leaders.gather(own)
+        wanted = {name: self.checkpoint.files[name][1] or every[0][name] for name in names}
+        right = {name: sha for name, sha in wanted.items() if all(each[name] == sha for each in every)}
+        for name in own.keys() - right.keys():
+            log.warning("%s has the sha256 %s, not %s", self._name(name), own[name][:12], wanted[name][:12])
+        return right
+
+    def _file(self, path: Path) -> Any:
+        """The bytes of one file, exchanged."""
+        size = self.checkpoint.files[path.name][0]
+        buffer = self.leaders.together(lambda: _mapped(path, size, self.has_files))
+        etag = self.leaders.gather(self.leaders.together(lambda: self._etag(path.name, size)))[0]
+        self._exchange(path.name, buffer, etag)
+        return buffer
+
+    def _etag(self, name: str, size: int) -> str | None:
+        """Of the file in storage, asked by one leader, so that all slices come from the same."""
+        if not self.from_storage or self.leaders.index > 0:
+            return None
+        found = self.store.head(name)
+        if found.size != size:
+            raise BadTrajectory(
+                f"{self._name(name)} has {found.size} bytes, the manifest says {size}: "
+                "upload it again, or index the trajectory again"
+            )
+        return found.etag
+
+    def _exchange(self, name: str, buffer: Any, etag: str | None) -> None:
+        """Round by round every source has its slice, read from storage if need be, and passes it on to all."""
+        view, size, number = memoryview(buffer), len(buffer), len(self.sources)
+        for start in range(0, size, ROUND_BYTES * number):
+            length = min(ROUND_BYTES * number, size - start)
+            cuts = [start + i * length // number for i in range(number + 1)]
+            self.leaders.together(lambda: self._read(name, view, cuts, etag))  # noqa: B023  # called at once
+            for source, first, last in zip(self.sources, cuts, cuts[1:], strict=False):
+                if first < last:
+                    slice_ = torch.frombuffer(view[first:last], dtype=torch.uint8)
+                    self.leaders.broadcast(slice_, source)
+
+    def _read(self, name: str, view: memoryview, cuts: Sequence[int], etag: str | None) -> None:
+        """Read this node's slice from storage."""
+        if self.stopping.is_set():
+            raise Cancelled
+        if self.from_storage:
+            first, last = cuts[self.leaders.index], cuts[self.leaders.index + 1]
+            self.store.read_into(name, view[first:last], first, etag=etag)
+
+    def _name(self, name: str) -> str:
+        return f"teacher step {self.checkpoint.step}: {self.store.url}/{name}"
+
+
+def _sha256(buffer: Any) -> str:
+    return hashlib.sha256(buffer).hexdigest()
+
+
+def _mapped(path: Path, size: int, reads_only: bool) -> Any:
+    """The bytes of a file: those that lie there, or room for `size` new ones, which reach the file as they are set."""
+    if size == 0:
+        path.touch()
+        return bytearray()
+    with open(path, "rb" if reads_only else "w+b") as file:
+        if reads_only:
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and a crash later
+        return mmap.mmap(file.fileno(), size)

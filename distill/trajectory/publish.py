@@ -1,0 +1,172 @@
+"""A run's checkpoints on their way to a store, while training goes on; each one's entry in the manifest comes last."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from data_prep.progress import progress
+from distill.files import write_text
+from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, load_manifest
+from distill.trajectory.store import Store, StoreError, open_store
+
+log = logging.getLogger(__name__)
+RETRY_SECONDS = 60.0  # until an upload that failed is tried again
+JOURNAL = ".uploaded"  # in a checkpoint's folder: etag in the store of each file that has arrived
+
+
+class Publisher:
+    """The trajectory that a run leaves in `own.store`, a local folder, and sends on to `store` if there is one.
+
+    What has arrived there is removed from the folder; its entry in the run's own manifest then points to the store.
+    A run that goes on sends what has not arrived. Nothing published is ever replaced.
+    """
+
+    def __init__(self, own: Manifest, store: Store | None) -> None:
+        """Raises BadTrajectory where `store` holds another run's trajectory; StoreError where it can't be read."""
+        self.own, self.folder = own, Path(own.url)
+        self.published = _published(own, store) if store else None
+        self._lock = threading.Lock()  # of the run's own manifest
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
+        if store:
+            self._thread.start()
+            self._wake.set()
+
+    def add(self, checkpoint: Checkpoint) -> None:
+        """Record a checkpoint whose files lie in the folder; its way to the store begins."""
+        with self._lock:
+            self.own.add(checkpoint)
+        self._wake.set()
+
+    def complete(self) -> None:
+        """Mark the trajectory as complete when all of it has arrived. Raises StoreError if it can't be sent."""
+        self.close()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._send_pending()
+        for manifest in filter(None, (self.published, self.own)):
+            if not manifest.complete:
+                manifest.complete = True
+                manifest.write()
+
+    def close(self) -> None:
+        """Begin no other upload. What is cut off is sent when the run goes on."""
+        self._closing.set()
+        self._wake.set()
+
+    def pending(self) -> list[Checkpoint]:
+        """Checkpoints that have not arrived, oldest first."""
+        if self.published is None:
+            return []
+        return [c for c in self.own.checkpoints.values() if "://" not in c.location]
+
+    def _work(self) -> None:
+        while not self._closing.is_set():
+            self._wake.wait(RETRY_SECONDS if self.pending() else None)
+            self._wake.clear()
+            try:
+                self._send_pending(self._closing.is_set)
+            except OSError as error:
+                log.warning("a checkpoint waits in %s: %s", self.folder, error)
+
+    def _send_pending(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        while (waiting := self.pending()) and not stopped():
+            self._send(waiting[0])
+
+    def _send(self, checkpoint: Checkpoint) -> None:
+        assert self.published is not None
+        source, start = self.folder / checkpoint.location, time.perf_counter()
+        upload(self.published, checkpoint, source, source / JOURNAL)
+        there = f"{self.published.url}/{checkpoint.location}"
+        with self._lock:
+            self.own.add(dataclasses.replace(checkpoint, location=there))
+        shutil.rmtree(source)
+        seconds = time.perf_counter() - start
+        log.info(
+            "step %d: %.3f GB sent in %.1f s to %s",
+            checkpoint.step,
+            checkpoint.num_bytes / 1e9,
+            seconds,
+            there,
+        )
+
+
+def _published(own: Manifest, store: Store) -> Manifest:
+    """The manifest in `store`, new or as an earlier start of this run left it."""
+    try:
+        there = load_manifest(store)
+    except BadTrajectory as error:
+        if "does not exist" not in str(error):
+            raise
+        return dataclasses.replace(own, store=store, complete=False, checkpoints={})
+    for step, checkpoint in there.checkpoints.items():
+        if step not in own.checkpoints or own.checkpoints[step].files != checkpoint.files:
+            raise BadTrajectory(
+                f"{store.url} holds the trajectory of another run (its step {step} is not of this one): "
+                "choose another place"
+            )
+    return there
+
+
+def upload(manifest: Manifest, checkpoint: Checkpoint, source: Path, journal: Path | None = None) -> None:
+    """Send the files of a checkpoint from the folder `source` to the manifest's store, then add its entry.
+
+    journal: a file that remembers what has arrived, so that a second call goes on there.
+    Raises StoreError, OSError.
+    """
+    if checkpoint.step in manifest.checkpoints:
+        return
+    store = manifest.store.under(checkpoint.location)
+    arrived: dict[str, str | None] = {}
+    if journal and journal.exists():
+        arrived = json.loads(journal.read_text(encoding="utf-8"))
+    for name in checkpoint.files:
+        if name in arrived and _etag(store, name) == arrived[name]:
+            continue
+        store.upload(source / name, name)
+        arrived[name] = _etag(store, name)
+        if journal:
+            write_text(journal, json.dumps(arrived))
+    manifest.add(checkpoint)
+
+
+def _etag(store: Store, name: str) -> str | None:
+    try:
+        return store.head(name).etag
+    except StoreError as error:
+        if error.kind != "missing":
+            raise
+        return None
+
+
+def publish(source: str | Path, to: str) -> Manifest:
+    """Send a trajectory that lies in a local folder to the store at the URL `to`. Returns the manifest there.
+
+    The same call goes on where one was cut off, and adds what is new.
+
+    Raises:
+        BadTrajectory: no manifest in `source`, checkpoints that don't lie there, or another trajectory at `to`.
+        StoreError: what storage could not do.
+    """
+    own = load_manifest(source)
+    there = _published(own, open_store(to))
+    waiting = [c for c in own.checkpoints.values() if c.step not in there.checkpoints]
+    if elsewhere := [c.step for c in waiting if "://" in c.location]:
+        raise BadTrajectory(
+            f"{own.url}: the files of steps {elsewhere} lie elsewhere: `distill trajectory pull` them first"
+        )
+    with progress(f"publish {there.url}", sum(c.num_bytes for c in waiting)) as advance:
+        for checkpoint in waiting:
+            upload(there, checkpoint, Path(own.url) / checkpoint.location)
+            advance(checkpoint.num_bytes)
+    if own.complete and not there.complete:
+        there.complete = True
+        there.write()
+    return there

@@ -1,0 +1,223 @@
+"""A trajectory on its way to a store: whole checkpoints, their entries last, nothing lost and nothing replaced."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from storage import Seaweed
+from tiny import Kill, Started, rows, settings
+
+from distill.schedule import in_loss_drop
+from distill.trajectory import publish as publish_module
+from distill.trajectory.index import index_trajectory
+from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
+from distill.trajectory.publish import publish
+from distill.trajectory.store import StoreError, open_store
+
+TEACHER = {"steps": 24, "seed": 1, "save__trajectory_every": 8, "save__trajectory_first": 2}
+
+
+def described(manifest: Manifest) -> dict[int, Any]:
+    """What the entries say, whereever the files lie."""
+    return {s: (c.files, c.tokens, c.validation_loss) for s, c in manifest.checkpoints.items()}
+
+
+def assert_published(url: str, teacher_run: Path) -> None:
+    """The store holds what the run without a store left in its folder, every byte."""
+    there, local = load_manifest(url), load_manifest(teacher_run / "trajectory")
+    assert described(there) == described(local)
+    assert there.complete
+    for step, checkpoint in there.checkpoints.items():
+        store, folder = there.files_of(step), teacher_run / "trajectory" / f"step_{step:08d}"
+        for name in checkpoint.files:
+            assert store.read(name) == (folder / name).read_bytes()
+
+
+@pytest.fixture
+def trajectory(teacher_run: Path, tmp_path: Path) -> Path:
+    """A copy that may be spoilt."""
+    return Path(shutil.copytree(teacher_run / "trajectory", tmp_path / "trajectory"))
+
+
+# ------------------------------------------------------------------------------------------------ of a folder
+
+
+def test_folder_is_sent_whole_and_again_sends_only_what_is_new(
+    teacher_run: Path, trajectory: Path, bucket: str
+) -> None:
+    manifest = load_manifest(trajectory)
+    late = manifest.checkpoints.pop(24)
+    manifest.complete = False
+    manifest.write()
+    assert list(publish(trajectory, bucket).checkpoints) == [2, 4, 8, 16]
+    before = {o.path: o.etag for o in open_store(bucket).objects()}
+    manifest.complete = True
+    manifest.add(late)
+    publish(trajectory, bucket)
+    assert_published(bucket, teacher_run)
+    after = {o.path: o.etag for o in open_store(bucket).objects()}
+    assert {p for p in after if after[p] != before.get(p)} == {
+        "manifest.json",
+        *(f"step_00000024/{name}" for name in late.files),
+    }
+
+
+def test_place_of_another_trajectory_is_refused(trajectory: Path, bucket: str) -> None:
+    publish(trajectory, bucket)
+    config = trajectory / "step_00000008" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    index_trajectory(trajectory)
+    with pytest.raises(
+        BadTrajectory, match=r"holds the trajectory of another run \(its step 8 is not of this one\)"
+    ):
+        publish(trajectory, bucket)
+
+
+def test_files_that_lie_elsewhere_are_to_be_pulled_first(
+    trajectory: Path, bucket: str, tmp_path: Path
+) -> None:
+    index_trajectory(trajectory, tmp_path / "index")
+    with pytest.raises(BadTrajectory, match=r"files of steps \[2, 4, 8, 16, 24\] lie elsewhere: .* pull"):
+        publish(tmp_path / "index", bucket)
+
+
+def test_upload_that_was_cut_off_goes_on_with_the_next_file(
+    trajectory: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, store = load_manifest(trajectory), open_store(bucket)
+    there = publish_module._published(own, store)
+    checkpoint, sent = own.checkpoints[8], []
+    source, journal = trajectory / checkpoint.location, tmp_path / "journal"
+    plain = type(store).upload
+
+    def upload(self: Any, local: Path, path: str) -> None:
+        if local.name == "model.safetensors" and len(sent) < len(checkpoint.files):
+            raise StoreError(path, "can't be reached", "unreachable")
+        sent.append(local.name)
+        plain(self, local, path)
+
+    monkeypatch.setattr(type(store), "upload", upload)
+    with pytest.raises(StoreError):
+        publish_module.upload(there, checkpoint, source, journal)
+    assert 0 < len(sent) < len(checkpoint.files)
+    assert 8 not in there.checkpoints
+    monkeypatch.setattr(
+        type(store), "upload", lambda s, local, path: (sent.append(local.name), plain(s, local, path))
+    )
+    publish_module.upload(there, checkpoint, source, journal)
+    assert sorted(sent) == sorted(checkpoint.files)
+    assert list(load_manifest(bucket).checkpoints) == [8]
+
+
+# ------------------------------------------------------------------------------------------------ of a run
+
+
+def teach(arguments: list[str], folder: Path, seaweed: Seaweed, name: str, kill: Kill | None = None) -> Any:
+    return Started(["train", *arguments], folder / name, seaweed.environ, kill).wait()
+
+
+@pytest.mark.parametrize("call", [2, 9])
+def test_run_that_was_killed_while_it_sent_goes_on_to_the_same_trajectory(
+    call: int, shards: Path, teacher_run: Path, seaweed: Seaweed, bucket: str, tmp_path: Path
+) -> None:
+    """The second and the ninth of the files: within the first and the second checkpoint."""
+    arguments = settings(shards, tmp_path / "run", **TEACHER, save__trajectory_to=bucket)
+    kill = Kill("distill.trajectory.store:Remote.upload", call, before=False)
+    assert teach(arguments, tmp_path, seaweed, "killed", kill).code == -9
+    teach(arguments, tmp_path, seaweed, "went-on").ok()
+    assert_published(bucket, teacher_run)
+    own = tmp_path / "run" / "trajectory"
+    assert [p.name for p in own.iterdir() if p.is_dir()] == []  # all has arrived
+    assert described(load_manifest(own)) == described(load_manifest(bucket))
+    assert load_manifest(own).checkpoints[8].location == f"{bucket}/step_00000008"
+
+
+def test_run_whose_storage_is_away_trains_on_and_says_at_the_end_what_waits(
+    shards: Path, teacher_run: Path, seaweed: Seaweed, bucket: str, tmp_path: Path
+) -> None:
+    arguments = settings(shards, tmp_path / "run", **TEACHER, save__trajectory_to=bucket)
+    refused = Refused()
+    ended = Started(["train", *arguments], tmp_path / "away", seaweed.environ, refused).wait()  # type: ignore[arg-type]
+    assert ended.code == 2
+    assert "a checkpoint waits in" in ended.output
+    assert "may not" in ended.output.splitlines()[-1]
+    assert rows(tmp_path / "run", "train")[-1]["step"] == 24
+    teach(arguments, tmp_path, seaweed, "went-on").ok()
+    assert_published(bucket, teacher_run)
+
+
+class Refused:
+    """Uploads are refused from the start."""
+
+    def arm(self) -> None:
+        from distill.trajectory.store import Remote
+
+        def upload(self: Remote, local: Path, path: str) -> None:
+            raise StoreError(f"{self.url}/{path}", "may not be written: ask for it", "denied")
+
+        Remote.upload = upload  # type: ignore[method-assign]
+
+
+def test_checkpoint_that_is_published_stays_when_the_run_comes_to_it_again(
+    shards: Path, teacher_run: Path, seaweed: Seaweed, bucket: str, tmp_path: Path
+) -> None:
+    """Killed after step 8 was left, before it was saved: it is trained again from step 5."""
+    arguments = settings(shards, tmp_path / "run", **TEACHER, save__trajectory_to=bucket)
+    kill = Kill("distill.engine:Engine.step", 10)
+    assert teach(arguments, tmp_path, seaweed, "killed", kill).code == -9
+    before = {o.path: o.etag for o in open_store(bucket).objects() if "step_" in o.path}
+    teach(arguments, tmp_path, seaweed, "went-on").ok()
+    after = {o.path: o.etag for o in open_store(bucket).objects()}
+    assert before.items() <= after.items()
+    assert_published(bucket, teacher_run)
+
+
+# ------------------------------------------------------------------------------------------------ save rule
+
+
+@pytest.mark.parametrize(
+    ("left", "is_in_it"),
+    [
+        ([], False),
+        ([[8, 5.0]], False),
+        ([[8, 5.0], [16, 4.4]], True),  # 0.6 nats a doubling
+        ([[8, 5.0], [16, 4.6]], False),
+        ([[16, 4.4], [20, 4.2]], True),  # 0.2 nats in a third of a doubling
+        ([[16, 4.4], [64, 3.5]], False),
+        ([[16, 4.4], [20, 5.0]], False),
+    ],
+)
+def test_loss_drop_is_told_by_nats_per_doubling_between_the_last_two(
+    left: list[list[float]], is_in_it: bool
+) -> None:
+    assert in_loss_drop(left, 0.5) is is_in_it
+
+
+def test_trajectory_is_denser_inside_the_loss_drop_also_when_the_run_goes_on(
+    shards: Path, tmp_path: Path
+) -> None:
+    keys = {"steps": 40, "save__trajectory_every": 20, "save__trajectory_first": 5, "save__every": 7}
+    dense = {
+        "save__trajectory_drop_every": 2,
+        "save__trajectory_drop": 0.3,
+        "optim__lr": 1e-2,
+        "data__task": "clm",
+    }
+    arguments = {name: settings(shards, tmp_path / name, **keys, **dense) for name in ("whole", "killed")}
+    Started(["train", *arguments["whole"]], tmp_path / "output").wait().ok()
+    kill = Kill("distill.engine:Engine.step", 18)
+    assert Started(["train", *arguments["killed"]], tmp_path / "output1", kill=kill).wait().code == -9
+    Started(["train", *arguments["killed"]], tmp_path / "output2").wait().ok()
+    manifests = {name: load_manifest(tmp_path / name / "trajectory") for name in arguments}
+    assert described(manifests["whole"]) == described(manifests["killed"])
+    steps, losses = list(manifests["whole"].checkpoints), manifests["whole"].losses
+    assert {5, 10, 20, 40} < set(steps) < {5, *range(10, 39, 2), 40}  # it begins and ends within the run
+    for step in sorted(set(steps) - {5, 10, 20, 40}):
+        earlier = [[s, losses[s]] for s in steps if s < step]
+        assert step % 2 == 0 and in_loss_drop(earlier, 0.3)
+    state = json.loads((tmp_path / "whole" / "checkpoints" / "step_00000040" / "state.json").read_text())
+    assert state["left"] == [[s, losses[s]] for s in steps[-2:]]
