@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn.functional import linear
 
 
 class Head(NamedTuple):
@@ -20,7 +21,5 @@ class Head(NamedTuple):
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """All logits [N, V] at once; `distill.kernels.linear_divergence` never holds them."""
-        logits_NV = hidden_ND @ self.weight_VD.T
-        if self.bias_V is not None:
-            logits_NV = logits_NV + self.bias_V
+        logits_NV = linear(hidden_ND, self.weight_VD, self.bias_V)  # to the bit what the model's own layer says
         return logits_NV if self.softcap is None else self.softcap * (logits_NV / self.softcap).tanh()

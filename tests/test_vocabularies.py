@@ -78,7 +78,7 @@ def test_divergence_is_that_of_the_real_tokens_and_padding_gets_no_gradient(
 
     p = torch.log_softmax(said.head(said.hidden_ND).double()[:, :REAL], -1)
     q = torch.log_softmax(own.head(own.hidden_ND).double()[:, :REAL], -1)
-    assert float(found.kl) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
+    assert float(found.soft) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
     gradient = student.get_output_embeddings().weight.grad  # type: ignore[operator]
     assert gradient.shape[0] == student_columns
     assert not gradient[REAL:].any()
@@ -97,7 +97,7 @@ def test_student_trains_and_keeps_its_own_columns(
     run_dir = tmp_path / "run"
     train(config(neox_shards, run_dir, **keys, **stages, teacher__trajectory=str(trajectory)))
     assert [row["teacher_step"] for row in rows(run_dir, "train")] == [1, 1, 2, 2]
-    assert all(row["kl"] > 0 for row in rows(run_dir, "train"))
+    assert all(row["soft"] > 0 for row in rows(run_dir, "train"))
 
 
 def test_teacher_with_fewer_columns_than_there_are_tokens_is_refused(tmp_path: Path) -> None:
