@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_prep.files import whole_file
-from distill.trajectory.storage import Object, StoreError, Traffic
+from distill.trajectory.storage import Object, Place, StoreError, Traffic
 
 LOCK = ".store.lock"
+READ_BYTES = 1 << 20
 
 
 class Disk:
@@ -60,7 +61,7 @@ class Disk:
     def read_many(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         return [self.read(*each) for each in ranges]
 
-    def read_into(self, path: str, view: memoryview, start: int = 0, *, etag: str | None = None) -> None:
+    def read_into(self, path: str, view: Place, start: int = 0, *, etag: str | None = None) -> None:
         try:
             with open(self.folder / path, "rb", buffering=0) as file:
                 now = _object(path, os.fstat(file.fileno()))
@@ -68,11 +69,12 @@ class Disk:
                     raise StoreError(f"{self.url}/{path}", "was replaced since it was listed", "changed")
                 done = 0
                 while done < len(view):
-                    got = os.preadv(file.fileno(), [view[done:]], start + done)
-                    if got == 0:
+                    piece = os.pread(file.fileno(), min(READ_BYTES, len(view) - done), start + done)
+                    if not piece:
                         said = f"has {now.size} bytes, {start + len(view)} were expected: it is truncated"
                         raise StoreError(f"{self.url}/{path}", said, "short")
-                    done += got
+                    view[done : done + len(piece)] = memoryview(piece)
+                    done += len(piece)
         except StoreError:
             raise
         except OSError as error:

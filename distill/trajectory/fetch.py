@@ -6,13 +6,11 @@ import dataclasses
 import hashlib
 import json
 import logging
-import mmap
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +19,7 @@ import torch
 from distill.files import write_text
 from distill.trajectory.cache import Cache, Held
 from distill.trajectory.disk import Disk
+from distill.trajectory.landing import Landing
 from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, verify
 from distill.trajectory.nodes import Cancelled, Channel, Nodes
 from distill.trajectory.store import Store
@@ -174,8 +173,8 @@ class Transfer:
 
     def _attempt(self, folder: Path, names: Sequence[str]) -> dict[str, str]:
         """sha256 of those files that are right now on all nodes. One is hashed while the next is fetched."""
-        with ThreadPoolExecutor(1, "hash") as hasher:
-            pending = {name: hasher.submit(_sha256, self._file(folder / name)) for name in names}
+        with ThreadPoolExecutor(1, "hash") as hasher, ExitStack() as files:
+            pending = {name: hasher.submit(_sha256, self._file(folder / name, files)) for name in names}
             own = {name: future.result() for name, future in pending.items()}
         every = self.leaders.gather(own)
         wanted = {name: self.checkpoint.files[name][1] or every[0][name] for name in names}
@@ -184,13 +183,14 @@ class Transfer:
             log.warning("%s has the sha256 %s, not %s", self._name(name), own[name][:12], wanted[name][:12])
         return right
 
-    def _file(self, path: Path) -> Any:
-        """The bytes of one file, exchanged."""
+    def _file(self, path: Path, files: ExitStack) -> Any:
+        """The bytes of one file, exchanged. `files` closes it."""
         size = self.checkpoint.files[path.name][0]
-        buffer = self.leaders.together(lambda: _mapped(path, size, self.has_files))
+        landing = self.leaders.together(lambda: Landing(path, size, self.has_files))
+        files.callback(landing.close)
         etag = self.leaders.gather(self.leaders.together(lambda: self._etag(path.name, size)))[0]
-        self._exchange(path.name, buffer, etag)
-        return buffer
+        self._exchange(path.name, landing, etag)
+        return landing.bytes
 
     def _etag(self, name: str, size: int) -> str | None:
         """Of the file in storage, asked by one leader, so that all slices come from the same."""
@@ -204,25 +204,27 @@ class Transfer:
             )
         return found.etag
 
-    def _exchange(self, name: str, buffer: Any, etag: str | None) -> None:
+    def _exchange(self, name: str, landing: Landing, etag: str | None) -> None:
         """Round by round every source has its slice, read from storage if need be, and passes it on to all."""
-        view, size, number = memoryview(buffer), len(buffer), len(self.sources)
+        size, number = landing.size, len(self.sources)
         for start in range(0, size, ROUND_BYTES * number):
             length = min(ROUND_BYTES * number, size - start)
             cuts = [start + i * length // number for i in range(number + 1)]
-            self.leaders.together(lambda: self._read(name, view, cuts, etag))  # noqa: B023  # called at once
+            self.leaders.together(lambda: self._read(name, landing, cuts, etag))  # noqa: B023  # called at once
             for source, first, last in zip(self.sources, cuts, cuts[1:], strict=False):
                 if first < last:
-                    slice_ = torch.frombuffer(view[first:last], dtype=torch.uint8)
+                    slice_ = torch.frombuffer(
+                        landing.bytes, dtype=torch.uint8, count=last - first, offset=first
+                    )
                     self.leaders.broadcast(slice_, source)
 
-    def _read(self, name: str, view: memoryview, cuts: Sequence[int], etag: str | None) -> None:
+    def _read(self, name: str, landing: Landing, cuts: Sequence[int], etag: str | None) -> None:
         """Read this node's slice from storage."""
         if self.stopping.is_set():
             raise Cancelled
         if self.from_storage:
             first, last = cuts[self.leaders.index], cuts[self.leaders.index + 1]
-            self.store.read_into(name, view[first:last], first, etag=etag)
+            self.store.read_into(name, landing.part(first, last), first, etag=etag)
 
     def _name(self, name: str) -> str:
         return f"teacher step {self.checkpoint.step}: {self.store.url}/{name}"
@@ -230,15 +232,3 @@ class Transfer:
 
 def _sha256(buffer: Any) -> str:
     return hashlib.sha256(buffer).hexdigest()
-
-
-def _mapped(path: Path, size: int, reads_only: bool) -> Any:
-    """The bytes of a file: those that lie there, or room for `size` new ones, which reach the file as they are set."""
-    if size == 0:
-        path.touch()
-        return bytearray()
-    with open(path, "rb" if reads_only else "w+b") as file:
-        if reads_only:
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-        os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and a crash later
-        return mmap.mmap(file.fileno(), size)

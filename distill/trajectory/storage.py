@@ -53,6 +53,14 @@ class Traffic:
             self.retries += retries
 
 
+class Place(Protocol):
+    """Where bytes that are read go: a memoryview (uint8, one axis), or what is set by slices like one."""
+
+    def __len__(self) -> int: ...
+
+    def __setitem__(self, where: slice, data: memoryview, /) -> None: ...
+
+
 class Store(Protocol):
     """A place that holds files under paths such as `step_8/config.json`; `url` names it, free of credentials.
 
@@ -80,8 +88,8 @@ class Store(Protocol):
     def read_many(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         """Bytes [start, stop) of each (path, start, stop), many requests at once."""
 
-    def read_into(self, path: str, view: memoryview, start: int = 0, *, etag: str | None = None) -> None:
-        """Fill `view` (uint8, one axis) with a file's bytes from `start`, in pieces of 8 MiB, many at once.
+    def read_into(self, path: str, view: Place, start: int = 0, *, etag: str | None = None) -> None:
+        """Fill `view` with a file's bytes from `start`, in pieces of 8 MiB, many at once.
 
         etag: of the file that is meant (`head` tells); a file replaced meanwhile is a StoreError, kind "changed".
         """

@@ -22,7 +22,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import HTTPStore, from_url
 
 from distill.trajectory.disk import Disk
-from distill.trajectory.storage import Object, Store, StoreError, Traffic
+from distill.trajectory.storage import Object, Place, Store, StoreError, Traffic
 from distill.trajectory.store_errors import meaning, reason_of
 
 PIECE_BYTES = 8 << 20
@@ -126,7 +126,7 @@ class Remote:
         slots = asyncio.Semaphore(SMALL_AT_ONCE)
         return _run(all_of_them())
 
-    def read_into(self, path: str, view: memoryview, start: int = 0, *, etag: str | None = None) -> None:
+    def read_into(self, path: str, view: Place, start: int = 0, *, etag: str | None = None) -> None:
         seen = {etag} - {None}
 
         async def one(offset: int) -> None:

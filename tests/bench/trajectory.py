@@ -1,0 +1,283 @@
+"""Streaming a teacher: fetch next to the fastest client, the cost of a swap, stall of a run, bytes for four nodes.
+
+    python tests/bench/trajectory.py [--json] [--mb 1024] [--repeats 3] [--audit-steps 154]
+
+A real S3 server on loopback shares the machine with its client. `fetch`: files of a checkpoint (4 shards of bf16
+tensors) to torch tensors over the node's cache, next to 8 MiB `get_range_async` straight into tensors that are
+allocated already, interleaved, best of the repeats; `verified` has SHA-256 of every byte in it, which the client does
+not compute, and `staged` the copy into the teacher's own memory. `swap`: a student of a prefetched trajectory of nine
+stages. `nodes`: bytes that leave storage when four ranks, each with a disk of its own, start from one checkpoint.
+`audit`: see trajectory_audit.py; --audit-steps 0 leaves it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import obstore
+import torch
+from obstore.store import S3Store
+from safetensors.torch import save_file
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import tiny  # noqa: E402
+import trajectory_audit  # noqa: E402
+from storage import BUCKET, KEY, SECRET, Seaweed  # noqa: E402
+
+from distill.distributed import start  # noqa: E402
+from distill.trajectory.cache import Cache  # noqa: E402
+from distill.trajectory.fetch import Fetcher  # noqa: E402
+from distill.trajectory.landing import Landing  # noqa: E402
+from distill.trajectory.manifest import Manifest, describe  # noqa: E402
+from distill.trajectory.nodes import Nodes  # noqa: E402
+from distill.trajectory.publish import publish  # noqa: E402
+from distill.trajectory.store import open_store  # noqa: E402
+from distill.trajectory.tensors import TensorInfo, read_header, view_of  # noqa: E402
+
+CHUNK, WORKERS, SHARDS = 8 << 20, 16, 4
+
+
+def best(work: Callable[[], Any], seconds: list[float]) -> None:
+    begin = time.perf_counter()
+    work()
+    seconds.append(time.perf_counter() - begin)
+
+
+def extra_memory_mb(work: Callable[[], Any]) -> float:
+    """By how much the anonymous memory of this process rose at most, sampled; the page cache is not its own."""
+    import threading
+
+    def anonymous() -> int:
+        text = Path("/proc/self/status").read_text()
+        return int(re.search(r"RssAnon:\s+(\d+)", text)[1])  # type: ignore[index]
+
+    before, peak, done = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    work()
+    done.set()
+    watcher.join()
+    return max(peak[0] - before, 0) / 1e3
+
+
+# ------------------------------------------------------------------------------------------------ fetch
+
+
+def make_checkpoint(folder: Path, megabytes: int) -> Manifest:
+    """A checkpoint of `megabytes` MB in 4 shards of 16 MiB bf16 tensors, with its manifest."""
+    source = folder / "source" / "step_1"
+    source.mkdir(parents=True)
+    (source / "config.json").write_text("{}")
+    per_shard = max(megabytes // 16 // SHARDS, 1)
+    for shard in range(SHARDS):
+        tensors = {f"{shard}.{i}": torch.randn(2048, 4096).bfloat16() for i in range(per_shard)}
+        save_file(tensors, source / f"model-{shard}.safetensors", {"format": "pt"})
+    manifest = Manifest(open_store(folder / "source"), "distill", "none", 1)
+    manifest.add(describe(source, "step_1", 1))
+    return manifest
+
+
+async def into_tensors(
+    client: S3Store, prefix: str, layout: dict[str, dict[str, TensorInfo]], into: Any
+) -> None:
+    """The fastest client of those measured: single ranged requests, each into its place."""
+    slots = asyncio.Semaphore(WORKERS)
+
+    async def piece(key: str, view: memoryview, begin: int, end: int) -> None:
+        async with slots:
+            view[:] = memoryview(await obstore.get_range_async(client, key, start=begin, end=end))
+
+    work = []
+    for name, tensors in layout.items():
+        for tensor, info in tensors.items():
+            view = memoryview(into[tensor].view(torch.uint8).numpy().reshape(-1))
+            for at in range(info.start, info.stop, CHUNK):
+                end = min(at + CHUNK, info.stop)
+                work.append(piece(f"{prefix}/{name}", view[at - info.start : end - info.start], at, end))
+    await asyncio.gather(*work)
+
+
+def measure_fetch(server: Seaweed, folder: Path, megabytes: int, repeats: int) -> dict[str, Any]:
+    local = make_checkpoint(folder, megabytes)
+    there = publish(folder / "source", f"s3://{BUCKET}/fetch")
+    checkpoint, store = there.checkpoints[1], there.files_of(1)
+    client = S3Store(
+        BUCKET,
+        endpoint=server.address,
+        access_key_id=KEY,
+        secret_access_key=SECRET,
+        region="us-east-1",
+        virtual_hosted_style_request=False,
+        client_options={"allow_http": True, "timeout": "120s"},
+    )
+    layout = {
+        name: read_header(lambda a, b, name=name: store.read(name, a, b), checkpoint.files[name][0])  # type: ignore[misc]
+        for name in checkpoint.shards
+    }
+    into = {t: torch.zeros(i.shape, dtype=i.dtype) for infos in layout.values() for t, i in infos.items()}
+    world, seconds, memory = start(), {k: [] for k in ("client", "fetch", "verified", "staged")}, 0.0  # type: ignore[var-annotated]
+    nodes = Nodes(world, "here")
+    (folder / "plain").mkdir()
+
+    def fetch_only() -> dict[str, torch.Tensor]:
+        """What a fetch does but for the hash: into the cache's files, which the tensors are views of."""
+        tensors = {}
+        for name, infos in layout.items():
+            size = checkpoint.files[name][0]
+            landing = Landing(folder / "plain" / name, size, False)
+            store.read_into(name, landing.part(0, size), etag=store.head(name).etag)
+            landing.close()
+            tensors |= {tensor: view_of(landing.bytes, info) for tensor, info in infos.items()}
+        return tensors
+
+    for repeat in range(repeats):
+        best(lambda: asyncio.run(into_tensors(client, "fetch/step_1", layout, into)), seconds["client"])
+        best(fetch_only, seconds["fetch"])
+        cache = Cache(folder / f"cache{repeat}", 100 * 10**9)
+        fetcher = Fetcher(there, nodes, cache)
+
+        def verified(fetcher: Fetcher = fetcher) -> None:
+            with fetcher.at_hand(1):
+                pass
+
+        memory = max(memory, extra_memory_mb(lambda: best(verified, seconds["verified"])))
+        begin = time.perf_counter()
+        with fetcher.at_hand(1) as entry:
+            for name, infos in layout.items():
+                buffer = Landing(entry / name, checkpoint.files[name][0], True).bytes
+                for tensor, info in infos.items():
+                    into[tensor].view(-1).copy_(view_of(buffer, info))
+        seconds["staged"].append(seconds["verified"][-1] + time.perf_counter() - begin)
+        for key in [p.name for p in cache.folder.iterdir()]:
+            cache.remove(key)
+    del local
+    least = {name: min(values) for name, values in seconds.items()}
+    return {
+        "megabytes": round(checkpoint.num_bytes / 1e6),
+        **{f"{name}_seconds": round(value, 3) for name, value in least.items()},
+        **{
+            f"{name}_ratio": round(least["client"] / least[name], 3)
+            for name in ("fetch", "verified", "staged")
+        },
+        "extra_memory_mb": round(memory, 1),
+        "shard_mb": round(checkpoint.num_bytes / SHARDS / 1e6, 1),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def make_teacher(folder: Path, server: Seaweed) -> tuple[Path, str, dict[str, Any]]:
+    """(shards, URL of a trajectory of nine random checkpoints, shape of its model)."""
+    shards = tiny.write_text_shards(folder / "shards")
+    shape = {"n_embd": 256, "n_layer": 6, "n_head": 4, "n_positions": tiny.LENGTH}
+    from distill.models import build_model
+
+    manifest = Manifest(open_store(folder / "teacher"), "distill", "gpt2", tiny.VOCABULARY)
+    for step in range(1, 10):
+        sizes = {
+            "vocab_size": tiny.VOCABULARY,
+            "sequence_length": tiny.LENGTH,
+            "special_ids": {},
+            "seed": step,
+        }
+        target = folder / "teacher" / f"step_{step}"
+        build_model("clm", "gpt2", shape, **sizes).save_pretrained(target)  # type: ignore[arg-type]
+        manifest.add(describe(target, target.name, step))
+    manifest.complete = True
+    manifest.write()
+    return shards, publish(folder / "teacher", f"s3://{BUCKET}/nine").url, shape
+
+
+def student(shards: Path, run_dir: Path, url: str, shape: dict[str, Any], **keys: Any) -> list[str]:
+    fixed = {"data__task": "clm", "model__architecture": "gpt2", "model__overrides": shape, "log__every": 1}
+    rest = {
+        "teacher__trajectory": url,
+        "teacher__cache": "$DISK",
+        "save__every": 10**6,
+        "log__eval_every": 10**6,
+    }
+    return ["train", *tiny.settings(shards, run_dir, **fixed, **rest, **keys)]
+
+
+def measure_swaps(server: Seaweed, folder: Path, steps_a_stage: int = 6) -> dict[str, Any]:
+    shards, url, shape = make_teacher(folder, server)
+    keys = {"schedule__kind": "equal", "steps": 9 * steps_a_stage, "batch_size": 64}
+    environ = {**server.environ, "DISK": str(folder / "disk")}
+    tiny.Started(student(shards, folder / "run", url, shape, **keys), folder / "out", environ).wait(1800).ok()
+    rows = tiny.read_rows(folder / "run" / "metrics.jsonl", "train")[1:]  # the first builds the model
+    boundaries = rows[steps_a_stage - 1 :: steps_a_stage]
+    seconds, stalls = (
+        sorted(r["seconds"] - r["stall_seconds"] for r in rows),
+        [r["stall_seconds"] for r in boundaries],
+    )
+    step = seconds[len(seconds) // 2]
+    return {
+        "swaps": len(boundaries),
+        "step_seconds": round(step, 3),
+        "swap_seconds": round(sorted(stalls)[len(stalls) // 2], 4),
+        "swap_share_of_a_step": round(sorted(stalls)[len(stalls) // 2] / step, 4),
+        "worst_share_of_a_step": round(max(stalls) / step, 4),
+        "stall_share_of_the_run": round(
+            sum(r["stall_seconds"] for r in rows) / sum(r["seconds"] for r in rows), 5
+        ),
+        "nodes": measure_nodes(server, folder, student(shards, folder / "four", url, shape, steps=1)),
+    }
+
+
+def measure_nodes(server: Seaweed, folder: Path, arguments: list[str]) -> dict[str, Any]:
+    meeting = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(tiny.free_port())}
+    ranks = [
+        {**server.environ, **meeting, "RANK": str(r), "LOCAL_RANK": str(r), "DISK": str(folder / f"disk{r}")}
+        for r in range(4)
+    ]
+    started = [tiny.Started(arguments, folder / f"four{r}", environ) for r, environ in enumerate(ranks)]
+    said = [s.wait(1800).ok().output for s in started]
+    found = [re.search(r"step 9: ([\d.]+) MB fetched in .* s, ([\d.]+) MB of it", text) for text in said]
+    whole, own = float(found[0][1]), [float(f[2]) for f in found if f]  # type: ignore[index]
+    return {"checkpoint_mb": whole, "from_storage_mb": own, "share": round(sum(own) / whole, 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--mb", type=int, default=1024, help="size of the checkpoint that is fetched")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--audit-steps", type=int, default=154)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as name:
+        server = Seaweed(Path(name) / "seaweed")
+        server.start()
+        try:
+            os.environ.update(server.environ)
+            found: dict[str, Any] = {"load": round(os.getloadavg()[0], 1), "cores": os.cpu_count()}
+            found["fetch"] = measure_fetch(server, Path(name), arguments.mb, arguments.repeats)
+            found["swap"] = measure_swaps(server, Path(name))
+        finally:
+            server.close()
+    if arguments.audit_steps:
+        found["audit"] = trajectory_audit.measure(arguments.audit_steps)
+    print(json.dumps(found) if arguments.json else json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
