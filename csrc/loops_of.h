@@ -9,9 +9,9 @@ namespace distill {
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kSmallest = 1.17549435e-38f;  // normal float
 
-// e^x for K vectors of x <= 0, in place, with relative error below 2e-7; exactly 0 from kLowest - 0.7 on; NaN stays
-// NaN. x = n ln 2 + r with |r| <= ln 2 / 2; e^x = 2^n e^r; the polynomial (minimax) is off by 9e-8. Each step is taken
-// for all vectors before the next, so that none has to wait for the one before it.
+// e^x for K vectors of x <= 0, in place, with relative error below 2e-7 + 3e-9 |x|; exactly 0 from kLowest - 0.7 on;
+// NaN stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2; e^x = 2^n e^r; the polynomial (minimax) is off by 9e-8. Each step
+// is taken for all vectors before the next, so that none has to wait for the one before it.
 template <class S, int K>
 inline void exp_negative(typename S::F (&x)[K]) {
   constexpr float kShift = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it rounds; 127 is the bias of exponents

@@ -93,20 +93,16 @@ def test_instruction_sets_agree_within_rounding(
 def test_exponentials_keep_their_digits_down_to_the_smallest_and_are_zero_below(
     isa: str, dtype: torch.dtype
 ) -> None:
-    below = torch.linspace(-86.5, 0, 40001).to(dtype)
-    student = torch.stack([torch.zeros_like(below), below], 1)
-    _, grad = run(
-        student.float(), None, torch.zeros(len(below), dtype=torch.int64), soft_weight=0, hard_weight=1
-    )
+    below, labels = torch.linspace(-86.5, 0, 40001).to(dtype), torch.zeros(40001, dtype=torch.int64)
+    student = torch.stack([torch.zeros_like(below), below], 1).float()
+    _, grad = run(student, None, labels, soft_weight=0, hard_weight=1)
     true = student.double().softmax(-1)[:, 1]
-    assert (
-        (grad[:, 1] - true) / true
-    ).abs().max() < 3e-7  # 2e-7 of the exponential, the rest of the division
+    # Of the exponential, of the division, and of ln 2 as a float, which tells where e^x is next to nothing.
+    budget = 2e-7 + 1e-7 + 2.8e-9 * below.double().abs()
+    assert (((grad[:, 1] - true) / true).abs() < budget).all()
     student[:, 1] = -88.0
     student[0, 1] = -math.inf
-    _, grad = run(
-        student.float(), None, torch.zeros(len(below), dtype=torch.int64), soft_weight=0, hard_weight=1
-    )
+    _, grad = run(student, None, labels, soft_weight=0, hard_weight=1)
     assert grad.count_nonzero() == 0
 
 
@@ -185,9 +181,9 @@ def test_strided_rows_and_columns_change_nothing(kind: str) -> None:
 def test_no_column_beyond_the_gradient_is_written() -> None:
     room = torch.full((4, 64), 7.0)
     for dtype, width in itertools.product(DTYPES, (1, 15, 17, 33)):
-        held = room.to(dtype)
-        run_in = held[:, :width]
-        cpu.value_and_grad(run_in, logits(4, width), None, None, terms_of(width), run_in)
+        held = room.to(dtype, copy=True)
+        student = held[:, :width]
+        cpu.value_and_grad(student, logits(4, width), None, None, terms_of(width), student)
         assert (held[:, width:] == 7).all()
 
 
@@ -220,21 +216,21 @@ def test_operator_passes_opcheck(grad: bool, sparse: bool) -> None:
     torch.library.opcheck(torch.ops.distill.divergence.default, arguments)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd", "sparse"])
-def test_compiled_without_a_graph_break_it_gives_the_same_loss_and_gradient(kind: str) -> None:
+def test_compiled_without_a_graph_break_it_gives_the_same_loss_and_gradient(kind: str, backend: str) -> None:
     teacher, labels = logits(4, 40), torch.tensor([1, -100, 3, 4])
     targets = top_3_of(teacher, tail=True)
+    settings: dict[str, Any] = {"hard_weight": 0.1, "in_place": True, "impl": "cpu"}
 
     def loss(x: Tensor) -> Tensor:
-        hidden = 2 * x
         if kind == "sparse":
-            return sparse_divergence(hidden, targets, labels, hard_weight=0.1, in_place=True, impl="cpu").loss
-        settings: dict[str, Any] = {"kind": kind, "hard_weight": 0.1, "in_place": True, "impl": "cpu"}
-        return divergence(hidden, teacher, labels, **settings).loss
+            return sparse_divergence(2 * x, targets, labels, **settings).loss
+        return divergence(2 * x, teacher, labels, kind=kind, **settings).loss  # type: ignore[arg-type]
 
-    student = logits(4, 40)
-    results = []
-    for function in (loss, torch.compile(loss, fullgraph=True)):
+    student, results = logits(4, 40), []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend=backend)):
         leaf = student.clone().requires_grad_()
         value = function(leaf)
         (3 * value).backward()
