@@ -21,16 +21,18 @@ namespace {
 struct Avx512 {
   using F = __m512;
   static constexpr int64_t kWidth = 16;
-  static constexpr bool kFused = true;
 
   static F set(float x) { return _mm512_set1_ps(x); }
   static F load(const float* x) { return _mm512_loadu_ps(x); }
   static void store(float* out, F x) { _mm512_storeu_ps(out, x); }
+  static void fetch(const char* address) { _mm_prefetch(address, _MM_HINT_T0); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  // Rounded once; the float nearest to ln 2 is off by 2e-9 only.
+  static F minus_n_ln2(F x, F n) { return fma(n, set(-0.693147182f), x); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F where_positive(F weight, F x) {

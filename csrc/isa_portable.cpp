@@ -16,7 +16,6 @@ To bits(From value) {
 
 struct Portable {
   static constexpr int64_t kWidth = 8;
-  static constexpr bool kFused = false;  // a * b + c may be rounded twice
 
   struct F {
     float lane[kWidth];
@@ -36,6 +35,7 @@ struct Portable {
     return each([=](int64_t i) { return x[i]; });
   }
   static void store(float* out, const F& x) { std::memcpy(out, x.lane, sizeof(F)); }
+  static void fetch(const char*) {}  // a hint that a processor may get
   static F add(const F& a, const F& b) {
     return each([&](int64_t i) { return a.lane[i] + b.lane[i]; });
   }
@@ -48,8 +48,12 @@ struct Portable {
   static F div(const F& a, const F& b) {
     return each([&](int64_t i) { return a.lane[i] / b.lane[i]; });
   }
+  // Rounded twice, so that below the ln 2 has two parts; n * 355 / 512 is exact.
   static F fma(const F& a, const F& b, const F& c) {
     return each([&](int64_t i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+  }
+  static F minus_n_ln2(const F& x, const F& n) {
+    return fma(n, set(2.12194440e-4f), fma(n, set(-0.693359375f), x));
   }
   // Of two numbers of which one is NaN, min and max give the second.
   static F min(const F& a, const F& b) {

@@ -20,6 +20,15 @@ struct Shift {
   float shift, scale;
 };
 
+// A block of logits, and where in memory the one after it lies: that is fetched while this one is worked on.
+struct Block {
+  const float* x;
+  int64_t n;  // a multiple of kLanes
+  float max;
+  const char* next;
+  int64_t next_size;  // bytes a column
+};
+
 // Sums over a block, in float.
 struct PairSums {
   float student, teacher;  // of the exponentials e_s, e_t
@@ -42,11 +51,11 @@ struct Loops {
   void (*narrow[kNumDtypes])(const float* x, int64_t n, void* out);
   bool (*has_nan)(const float* x, int64_t n);
   // e = exp of x; returns their sum. May be done in place.
-  float (*exps)(const float* x, int64_t n, Shift shift, float* e);
-  PairSums (*pair)(const float* s, const float* t, int64_t n, Shift s_shift, Shift t_shift, float* e_s, float* e_t);
+  float (*exps)(const Block& block, Shift shift, float* e);
+  PairSums (*pair)(const Block& s, const Block& t, Shift s_shift, Shift t_shift, float* e_s, float* e_t);
   // As `pair`, but leaves x_s - x_t - center in `ratio`, in place of e_t, and sums that.
-  PairSums (*pair_reverse)(const float* s, const float* t, int64_t n, Shift s_shift, Shift t_shift, float center,
-                           float* e_s, float* ratio);
+  PairSums (*pair_reverse)(const Block& s, const Block& t, Shift s_shift, Shift t_shift, float center, float* e_s,
+                           float* ratio);
   // With p = a e_s, q = b e_t, m = beta q + (1 - beta) p. Leaves v = log(p / m) in e_t and returns the sums of
   // q log(q / m) and p v.
   MixSums (*mix)(const float* e_s, float* e_t, int64_t n, float a, float b, float beta);

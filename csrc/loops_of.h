@@ -9,26 +9,22 @@ namespace distill {
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kSmallest = 1.17549435e-38f;  // normal float
 
-// e^x for x <= 0 with relative error below 2e-7; exactly 0 from kLowest - 0.7 on; NaN stays NaN.
-// x = n ln 2 + r with |r| <= ln 2 / 2; e^x = 2^n e^r; the polynomial (minimax) is off by 9e-8.
-template <class S>
-inline typename S::F exp_negative(typename S::F x) {
-  x = S::max(S::set(kLowest - 1), x);
-  const auto shift = S::set(12582912.0f + 127.0f);  // 1.5 * 2^23: adding it rounds; 127 is the bias of exponents
-  const auto shifted = S::fma(x, S::set(1.44269504f), shift);
-  const auto n = S::sub(shifted, shift);
-  auto r = x;
-  if constexpr (S::kFused) {
-    r = S::fma(n, S::set(-0.693147182f), x);  // rounded once; the float nearest to ln 2 is off by 2e-9 only
-  } else {
-    r = S::fma(n, S::set(2.12194440e-4f), S::fma(n, S::set(-0.693359375f), x));  // n * 355 / 512 is exact
+// e^x for K vectors of x <= 0, in place, with relative error below 2e-7 + 3e-9 |x|; exactly 0 from kLowest - 0.7 on;
+// NaN stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2; e^x = 2^n e^r; the polynomial (minimax) is off by 9e-8. Each step
+// is taken for all vectors before the next, so that none has to wait for the one before it.
+template <class S, int K>
+inline void exp_negative(typename S::F (&x)[K]) {
+  constexpr float kShift = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it rounds; 127 is the bias of exponents
+  constexpr float kPolynomial[] = {4.189798e-2f, 1.6667637e-1f, 4.9999149e-1f, 9.9999971e-1f, 1.0f};
+  typename S::F shifted[K], r[K], p[K];
+  for (int k = 0; k < K; ++k) x[k] = S::max(S::set(kLowest - 1), x[k]);
+  for (int k = 0; k < K; ++k) shifted[k] = S::fma(x[k], S::set(1.44269504f), S::set(kShift));
+  for (int k = 0; k < K; ++k) r[k] = S::minus_n_ln2(x[k], S::sub(shifted[k], S::set(kShift)));
+  for (int k = 0; k < K; ++k) p[k] = S::set(8.29031e-3f);
+  for (const float c : kPolynomial) {
+    for (int k = 0; k < K; ++k) p[k] = S::fma(p[k], r[k], S::set(c));
   }
-  auto p = S::fma(S::set(8.29031e-3f), r, S::set(4.189798e-2f));
-  p = S::fma(p, r, S::set(1.6667637e-1f));
-  p = S::fma(p, r, S::set(4.9999149e-1f));
-  p = S::fma(p, r, S::set(9.9999971e-1f));
-  p = S::fma(p, r, S::set(1.0f));
-  return S::mul(p, S::power_of_two(shifted));  // n = -127 gives 0
+  for (int k = 0; k < K; ++k) x[k] = S::mul(p[k], S::power_of_two(shifted[k]));  // n = -127 gives 0
 }
 
 // log x for normal x > 0 with absolute error below 1e-7 near 1 and relative error below 2e-7 elsewhere (the
@@ -103,45 +99,60 @@ struct LoopsOf {
     return S::sum(sum) != 0;
   }
 
-  static float exps(const float* x, int64_t n, Shift shift, float* e) {
+  static float exps(const Block& block, Shift shift, float* e) {
+    constexpr int K = kLanes / W;
     F sum = S::set(0);
-    for (int64_t i = 0; i < n; i += W) {
-      const F value = exp_negative<S>(argument(S::load(x + i), shift));
-      S::store(e + i, value);
-      sum = S::add(sum, value);
+    for (int64_t i = 0; i < block.n; i += K * W) {
+      S::fetch(block.next + i * block.next_size);
+      F x[K];
+      for (int k = 0; k < K; ++k) x[k] = argument(S::load(block.x + i + k * W), shift);
+      exp_negative<S>(x);
+      for (int k = 0; k < K; ++k) {
+        S::store(e + i + k * W, x[k]);
+        sum = S::add(sum, x[k]);
+      }
     }
     return S::sum(sum);
   }
 
-  static PairSums pair(const float* s, const float* t, int64_t n, Shift s_shift, Shift t_shift, float* e_s,
-                       float* e_t) {
-    return pair_of<false>(s, t, n, s_shift, t_shift, 0, e_s, e_t);
+  static PairSums pair(const Block& s, const Block& t, Shift s_shift, Shift t_shift, float* e_s, float* e_t) {
+    return pair_of<false>(s, t, s_shift, t_shift, 0, e_s, e_t);
   }
 
-  static PairSums pair_reverse(const float* s, const float* t, int64_t n, Shift s_shift, Shift t_shift, float center,
-                               float* e_s, float* ratio) {
-    return pair_of<true>(s, t, n, s_shift, t_shift, center, e_s, ratio);
+  static PairSums pair_reverse(const Block& s, const Block& t, Shift s_shift, Shift t_shift, float center, float* e_s,
+                               float* ratio) {
+    return pair_of<true>(s, t, s_shift, t_shift, center, e_s, ratio);
   }
 
   template <bool reverse>
-  static PairSums pair_of(const float* s, const float* t, int64_t n, Shift s_shift, Shift t_shift, float center,
-                          float* e_s, float* other) {
+  static PairSums pair_of(const Block& s, const Block& t, Shift s_shift, Shift t_shift, float center, float* e_s,
+                          float* other) {
+    constexpr int K = kLanes / W;  // vectors of each model at a time
     F student = S::set(0), teacher = S::set(0), log_ratio = S::set(0), cross = S::set(0);
-    for (int64_t i = 0; i < n; i += W) {
-      const F x_s = argument(S::load(s + i), s_shift), x_t = argument(S::load(t + i), t_shift);
-      const F p = exp_negative<S>(x_s), q = exp_negative<S>(x_t);
-      student = S::add(student, p);
-      teacher = S::add(teacher, q);
-      cross = S::fma(q, S::where_positive(q, x_s), cross);
-      if (reverse) {
-        const F ratio = S::where_positive(p, S::sub(x_s, S::add(x_t, S::set(center))));
-        log_ratio = S::fma(p, ratio, log_ratio);
-        S::store(other + i, ratio);
-      } else {
-        log_ratio = S::fma(q, S::where_positive(q, S::sub(x_t, x_s)), log_ratio);
-        S::store(other + i, q);
+    for (int64_t i = 0; i < s.n; i += K * W) {
+      S::fetch(s.next + i * s.next_size);
+      S::fetch(t.next + i * t.next_size);
+      F x[2 * K], e[2 * K];
+      for (int k = 0; k < K; ++k) {
+        e[k] = x[k] = argument(S::load(s.x + i + k * W), s_shift);
+        e[K + k] = x[K + k] = argument(S::load(t.x + i + k * W), t_shift);
       }
-      S::store(e_s + i, p);
+      exp_negative<S>(e);
+      for (int k = 0; k < K; ++k) {
+        const F p = e[k], q = e[K + k], x_s = x[k], x_t = x[K + k];
+        student = S::add(student, p);
+        teacher = S::add(teacher, q);
+        cross = S::fma(q, S::where_positive(q, x_s), cross);
+        if constexpr (reverse) {
+          const F ratio = S::where_positive(p, S::sub(x_s, S::add(x_t, S::set(center))));
+          log_ratio = S::fma(p, ratio, log_ratio);
+          S::store(other + i + k * W, ratio);
+        } else {
+          log_ratio = S::fma(q, S::where_positive(q, S::sub(x_t, x_s)), log_ratio);
+          S::store(other + i + k * W, q);
+        }
+        S::store(e_s + i + k * W, p);
+      }
     }
     return {S::sum(student), S::sum(teacher), S::sum(log_ratio), S::sum(cross)};
   }

@@ -51,19 +51,21 @@ RowResult RowKernel::run(const Row& row) {
   return result_;
 }
 
-RowKernel::Block RowKernel::read(const Logits& row, int64_t block, float* buffer) const {
+Block RowKernel::read(const Logits& row, int64_t block, float* buffer) const {
   const int64_t start = block * kBlock, n = std::min(kBlock, terms_.vocab_size - start);
   const char* from = row.data + start * size_of(row.dtype);
-  if (row.dtype != kFloat || n < kBlock) return {buffer, padded(n), loops_.widen[row.dtype](from, n, buffer)};
-  const float* floats = reinterpret_cast<const float*>(from);
-  return {floats, n, loops_.maximum(floats, n)};
+  const bool is_direct = row.dtype == kFloat && n == kBlock;
+  const float* x = is_direct ? reinterpret_cast<const float*>(from) : buffer;
+  const float max = is_direct ? loops_.maximum(x, n) : loops_.widen[row.dtype](from, n, buffer);
+  // The block after the last is the next row's first, most often; fetching what is not there does no harm.
+  return {x, padded(n), max, from + n * size_of(row.dtype), size_of(row.dtype)};
 }
 
 void RowKernel::sweep_student(const Row& row) {
   for (int64_t block = 0; block < num_blocks_; ++block) {
     const Block s = read(row.student, block, student_buffer_);
     student_.raise(block, s.max);
-    student_.sum += loops_.exps(s.x, s.n, student_.shift(), student_.exps + block * kBlock);
+    student_.sum += loops_.exps(s, student_.shift(), student_.exps + block * kBlock);
     sweep_hard(s, block);
   }
   student_.finish();
@@ -74,7 +76,7 @@ void RowKernel::sweep_hard(const Block& s, int64_t block) {
   if (!is_hard_apart_) return;
   Softmax& hard = softmaxes_.hard;
   hard.raise(block, s.max);
-  hard.sum += loops_.exps(s.x, s.n, hard.shift(), hard.exps + block * kBlock);
+  hard.sum += loops_.exps(s, hard.shift(), hard.exps + block * kBlock);
 }
 
 RowKernel::Moments RowKernel::sweep_both(const Row& row) {
@@ -107,10 +109,10 @@ RowKernel::Moments RowKernel::sweep_pair(const Block& s, const Block& t, int64_t
     const double rise = t_rise - s_rise;
     const size_t i = static_cast<size_t>(block);
     centers_[i] = block == 0 ? center(s, t) : static_cast<float>(centers_[i - 1] + rise);
-    sums = loops_.pair_reverse(s.x, t.x, s.n, student_.shift(), teacher_.shift(), centers_[i], e_s, e_t);
+    sums = loops_.pair_reverse(s, t, student_.shift(), teacher_.shift(), centers_[i], e_s, e_t);
     moments.log_ratio += static_cast<double>(sums.student) * centers_[i];
   } else {
-    sums = loops_.pair(s.x, t.x, s.n, student_.shift(), teacher_.shift(), e_s, e_t);
+    sums = loops_.pair(s, t, student_.shift(), teacher_.shift(), e_s, e_t);
   }
   student_.sum += sums.student;
   teacher_.sum += sums.teacher;
@@ -239,8 +241,9 @@ void RowKernel::sweep_others(const Row& row) {
   for (int64_t block = 0; block < num_blocks_; ++block) {
     const int64_t start = block * kBlock, n = padded(std::min(kBlock, terms_.vocab_size - start));
     float* x = teacher_.exps + start;
-    teacher_.raise(block, loops_.maximum(x, n));
-    teacher_.sum += loops_.exps(x, n, teacher_.shift(), x);
+    const Block others{x, n, loops_.maximum(x, n), nullptr, 0};
+    teacher_.raise(block, others.max);
+    teacher_.sum += loops_.exps(others, teacher_.shift(), x);
   }
   teacher_.finish();
 }

@@ -54,11 +54,6 @@ class RowKernel {
   RowResult run(const Row& row);
 
  private:
-  struct Block {
-    const float* x;
-    int64_t n;  // a multiple of kLanes
-    float max;
-  };
   struct Moments {
     double log_ratio = 0, cross = 0;  // as in PairSums, of the whole row and without center
   };

@@ -275,8 +275,13 @@ def check_split(model: PreTrainedModel) -> None:
     """Refuse a model whose logits are not head(trunk(x)), e.g. one that scales or caps them afterwards.
 
     Raises:
-        ValueError: the two differ on a probe input by more than 0.001 standard deviations of the logits.
+        ValueError: no final linear layer, or the two differ on a probe input by more than 0.001 standard deviations
+            of the logits.
     """
+    if not isinstance(final_layer(model), nn.Linear):
+        raise ValueError(
+            f"{model.config.model_type} has no linear layer that makes its logits; it is not supported"
+        )
     ids_BL = torch.arange(8, device=model.device).remainder(model.config.vocab_size).unsqueeze(0)
     was_training = model.training
     model.eval()  # with dropout two forwards differ

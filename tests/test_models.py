@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import LENGTH, SIZES, TOKENIZER, VOCABULARY
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from distill.data import attention
 from distill.models import (
@@ -19,6 +20,7 @@ from distill.models import (
     check_split,
     counted_rows,
     flops_per_step,
+    head_of,
     load_model,
     num_parameters,
     work_of,
@@ -162,6 +164,25 @@ def test_split_is_checked_though_the_model_drops_out_and_its_mode_stays() -> Non
     assert net.training
 
 
+def test_softcap_of_a_model_is_part_of_its_head() -> None:
+    keys = {"vocab_size": VOCABULARY, "head_dim": 16, "num_key_value_heads": 2, **SIZES["llama"]}
+    torch.manual_seed(0)
+    net = AutoModelForCausalLM.from_config(Gemma2Config(**keys, final_logit_softcapping=0.05))
+    check_split(net)
+    assert head_of(net).softcap == 0.05
+    said = logits(net.eval(), Inputs(torch.arange(8).unsqueeze(0), None, None))
+    assert 0.01 < said.abs().max() < 0.05
+
+
+@pytest.mark.parametrize("architecture", TASKS)
+def test_head_is_the_final_layers_own_weights(architecture: str) -> None:
+    net = model(architecture)
+    head = head_of(net)
+    assert head.weight_VD is net.get_output_embeddings().weight
+    assert head.bias_V is net.get_output_embeddings().bias
+    assert head.weight_VD.shape == (VOCABULARY, 32)
+
+
 def test_model_that_changes_its_logits_after_the_head_is_refused() -> None:
     net = model("llama")
     net.lm_head.register_forward_hook(lambda *_: torch.zeros(1, 8, VOCABULARY))
@@ -174,6 +195,13 @@ def test_model_that_changes_its_logits_after_the_head_is_refused() -> None:
 
     net.forward = capped.__get__(net)
     with pytest.raises(ValueError, match=r"the logits are not head\(trunk\(x\)\)"):
+        check_split(net)
+
+
+def test_model_without_a_final_linear_layer_is_refused() -> None:
+    net = model("llama")
+    net.get_output_embeddings = lambda: None
+    with pytest.raises(ValueError, match="llama has no linear layer that makes its logits"):
         check_split(net)
 
 

@@ -63,15 +63,18 @@ def value_and_grad(
     Arguments as in `distill.kernels`, already checked; labels and target ids are checked again, since under
     torch.compile nobody else does. Raises RuntimeError for one that is no class.
     """
-    sparse = teacher if isinstance(teacher, SparseTargets) else SparseTargets(None, None)  # type: ignore[arg-type]
-    dense_NV = teacher if isinstance(teacher, Tensor) else None
+    dense_NV, ids_NK, probs_NK, tail_N = None, None, None, None
+    if isinstance(teacher, SparseTargets):
+        ids_NK, probs_NK, tail_N, _ = teacher
+    elif teacher is not None:
+        dense_NV = _with_contiguous_columns(teacher)
     written_NV = None if grad_NV is None else _with_contiguous_columns(grad_NV)
     sums = torch.ops.distill.divergence(
         _with_contiguous_columns(student_NV),
-        None if dense_NV is None else _with_contiguous_columns(dense_NV),
-        sparse.ids_NK,
-        sparse.probs_NK,
-        sparse.tail_N,
+        dense_NV,
+        ids_NK,
+        probs_NK,
+        tail_N,
         labels_N,
         weights_N,
         written_NV,
@@ -83,7 +86,7 @@ def value_and_grad(
         terms.student_temperature,
         terms.vocab_size,
     )
-    if written_NV is not grad_NV:
+    if grad_NV is not None and written_NV is not None and written_NV is not grad_NV:
         grad_NV.copy_(written_NV)
     return Divergence(*sums)
 
