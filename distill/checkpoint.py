@@ -30,12 +30,14 @@ class TrainState:
     The teacher, its temperature, the learning rate, the sample order and the masks are functions of
     `consumed`.
     window: sums since the last metrics row, so that a resumed run writes the same rows.
+    gained: validation top-1 since the teacher's stage began, for a schedule that follows the student.
     """
 
     step: int = 0
     consumed: int = 0
     tokens: float = 0.0
     window: dict[str, float] = dataclasses.field(default_factory=dict)
+    gained: list[float] = dataclasses.field(default_factory=list)
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:

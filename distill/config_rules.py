@@ -11,6 +11,7 @@ SHARES = (
     "data.mask_token_share",
     "data.random_token_share",
     "schedule.early_share",
+    "schedule.min_gain",
     "optim.warmup_share",
     "optim.decay_share",
     "optim.final_lr_share",
@@ -21,6 +22,7 @@ POSITIVE = (
     "data.shuffle_window",
     "objective.chunk_rows",
     "schedule.speed",
+    "schedule.patience",
     "save.every",
     "save.keep",
     "log.every",
@@ -32,6 +34,7 @@ NOT_NEGATIVE = (
     "micro_batch_size",
     "data.num_workers",
     "schedule.num_stages",
+    "schedule.stage_steps",
     "optim.clip",
     "optim.eps",
     "optim.weight_decay",
@@ -40,11 +43,13 @@ NOT_NEGATIVE = (
 )
 # A key of the schedule that the chosen kind doesn't read would be ignored in silence.
 READ_BY = {
-    "checkpoints": ("one_shot", "equal", "n_t", "two_shot", "speed"),
-    "num_stages": ("equal", "n_t"),
-    "stage_steps": ("n_t",),
+    "checkpoints": ("one_shot", "equal", "n_t", "two_shot", "speed", "saturation"),
+    "num_stages": ("equal", "n_t", "saturation"),
+    "stage_steps": ("n_t", "saturation"),
     "stages": ("explicit",),
     "speed": ("speed",),
+    "patience": ("saturation",),
+    "min_gain": ("saturation",),
 }
 
 

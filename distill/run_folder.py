@@ -78,8 +78,13 @@ def store_settings(
     """
     write_text(folder / CONFIG, to_yaml(config))
     if schedule and trajectory:
-        content = {**json.loads(schedule.to_json()), WEIGHTS: _weights(schedule, trajectory)}
-        write_text(folder / SCHEDULE, json.dumps(content, indent=1))
+        store_schedule(folder, schedule, trajectory)
+
+
+def store_schedule(folder: Path, schedule: Schedule, trajectory: Manifest) -> None:
+    """Bind the run to a schedule: at its start, and when one that follows the student takes a decision."""
+    content = {**json.loads(schedule.to_json()), WEIGHTS: _weights(schedule, trajectory)}
+    write_text(folder / SCHEDULE, json.dumps(content, indent=1))
 
 
 def read_schedule(folder: Path, trajectory: Manifest) -> Schedule | None:
@@ -107,7 +112,7 @@ def read_schedule(folder: Path, trajectory: Manifest) -> Schedule | None:
 def _weights(schedule: Schedule, trajectory: Manifest) -> dict[str, list[str]]:
     """sha256 of the weight files of each checkpoint that teaches, by teacher step (text, as JSON keys are)."""
     known = trajectory.checkpoints
-    steps = sorted({stage.checkpoint for stage in schedule.stages})
+    steps = sorted({*(stage.checkpoint for stage in schedule.stages), *schedule.waiting})
     return {str(step): list(known[step].weights) for step in steps if step in known}
 
 
