@@ -15,7 +15,6 @@ import platform
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
