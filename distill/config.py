@@ -36,6 +36,11 @@ class DataConfig:
     isolate_documents: bool = _opt(
         False, "no attention across documents in a sequence; positions restart at each"
     )
+    span_depth: int = _opt(
+        0,
+        "CLM on shards of `python -m data_prep pcfg`: only words that end a span at most so deep below the root count; "
+        "0: all",
+    )
     shuffle_window: int = _opt(65536, "samples shuffled together; 1 keeps the order of the shards")
     num_workers: int = _opt(0, "reader processes a rank; 0 reads in the training process")
 

@@ -33,6 +33,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "micro_batch_size",
     "data.num_workers",
+    "data.span_depth",
     "schedule.num_stages",
     "schedule.stage_steps",
     "optim.clip",
@@ -87,6 +88,10 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             c.data.mask_token_share + c.data.random_token_share <= 1,
             "data.mask_token_share + data.random_token_share must not pass 1, got "
             f"{c.data.mask_token_share} + {c.data.random_token_share}",
+        ),
+        (
+            c.data.task == "clm" or not c.data.span_depth,
+            f"data.span_depth={c.data.span_depth} is read with data.task=clm only, got data.task={c.data.task}",
         ),
         (c.engine.zero_stage in (0, 1, 2), f"engine.zero_stage must be 0, 1 or 2, got {c.engine.zero_stage}"),
         (

@@ -24,7 +24,7 @@ WITH_TEACHER = [*NEEDED, "teacher.trajectory=runs/t/trajectory"]
 KEYS = """
 run_dir seed steps batch_size micro_batch_size
 data.shards data.task data.mask_rate data.mask_token_share data.random_token_share
-data.isolate_documents data.shuffle_window data.num_workers
+data.isolate_documents data.span_depth data.shuffle_window data.num_workers
 model.architecture model.overrides model.init_from
 teacher.trajectory teacher.dtype
 schedule.kind schedule.checkpoints schedule.num_stages schedule.stage_steps schedule.early_share
