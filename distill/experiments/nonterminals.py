@@ -21,7 +21,7 @@ from data_prep.spans import SpanReader, ancestors_of, heights_of
 from distill.config import Config, OptimConfig
 from distill.data import Samples, attention, special_ids
 from distill.files import write_text
-from distill.models import Inputs, counted_rows
+from distill.models import Inputs, counted_rows, quiet_transformers
 from distill.probes.trajectory import checkpoints
 from distill.schedule import learning_rate
 from distill.trajectory.manifest import load_manifest
@@ -142,6 +142,7 @@ def probe_nonterminals(
     trajectory: Path, config: Config, steps: list[int], out: Path, study: NonterminalStudy
 ) -> dict[str, Any]:
     """Accuracies of a fresh probe on every checkpoint of `steps`, kept in `out` (JSON) as they come."""
+    quiet_transformers()
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"checkpoints": {}}
     manifest = load_manifest(trajectory)
     splits = {s: Samples(config.data, s, 0, shuffle=False) for s in ("train", "validation")}
