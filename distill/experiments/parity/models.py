@@ -51,16 +51,17 @@ def _uniform(generator: torch.Generator, fan_in: int, *shape: int) -> Tensor:
 
 def _init_mlp(task: Task, width: int, generator: torch.Generator) -> Params:
     return {
-        "in.weight": _uniform(generator, task.d, task.d, width),
-        "in.bias": _uniform(generator, task.d, 1, width),
-        "out.weight": _uniform(generator, width, width, task.num_classes),
-        "out.bias": _uniform(generator, width, 1, task.num_classes),
+        "in.weight": _uniform(generator, task.d, width, task.d),
+        "in.bias": _uniform(generator, task.d, width, 1),
+        "out.weight": _uniform(generator, width, task.num_classes, width),
+        "out.bias": _uniform(generator, width, task.num_classes, 1),
     }
 
 
 def _mlp(params: Params, x_SND: Tensor) -> Tensor:
-    hidden_SNW = torch.baddbmm(params["in.bias"], x_SND, params["in.weight"]).relu_()
-    return torch.baddbmm(params["out.bias"], hidden_SNW, params["out.weight"])
+    # Features before samples: in this order the second layer, of few outputs, is several times faster on CPU.
+    hidden_SWN = torch.baddbmm(params["in.bias"], params["in.weight"], x_SND.mT).relu_()
+    return torch.baddbmm(params["out.bias"], params["out.weight"], hidden_SWN).mT
 
 
 # ------------------------------------------------------------------------------------------------ Transformer
