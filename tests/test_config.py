@@ -177,7 +177,10 @@ def test_key_or_value_that_is_not_understood_is_named(assignment: str, said: str
             ["schedule.stage_steps=5"],
             "schedule.stage_steps=5 is read by kind n_t and saturation only, got schedule.kind=one_shot",
         ),
-        (["schedule.num_stages=3"], "schedule.num_stages=3 is read by kind equal and n_t and saturation only"),
+        (
+            ["schedule.num_stages=3"],
+            "schedule.num_stages=3 is read by kind equal and n_t and saturation only",
+        ),
         (["schedule.kind=equal", "schedule.speed=2"], "schedule.speed=2.0 is read by kind speed only"),
         (
             ["schedule.kind=explicit", "schedule.stages=[[0, 5]]", "schedule.checkpoints=[5, 6]"],
@@ -190,8 +193,14 @@ def test_key_or_value_that_is_not_understood_is_named(assignment: str, said: str
         ),
         (["schedule.patience=3"], "schedule.patience=3 is read by kind saturation only"),
         (["schedule.kind=saturation", "schedule.patience=0"], "schedule.patience must be above 0, got 0"),
-        (["schedule.kind=saturation", "schedule.min_gain=2"], "schedule.min_gain must lie in 0 to 1, got 2.0"),
-        (["schedule.kind=saturation", "schedule.stage_steps=-1"], "schedule.stage_steps must not be negative"),
+        (
+            ["schedule.kind=saturation", "schedule.min_gain=2"],
+            "schedule.min_gain must lie in 0 to 1, got 2.0",
+        ),
+        (
+            ["schedule.kind=saturation", "schedule.stage_steps=-1"],
+            "schedule.stage_steps must not be negative",
+        ),
         (["schedule.num_stages=-1"], "schedule.num_stages must not be negative, got -1"),
         (["save.trajectory_every=-1"], "save.trajectory_every must not be negative, got -1"),
         (["save.trajectory_first=5"], "save.trajectory_first needs save.trajectory_every"),

@@ -6,8 +6,6 @@ figures are means over the counted validation rows, against the label that came.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,18 +34,17 @@ def frequency_ranks(reader: ShardReader) -> Ints:
 
 def bucket_names(vocab_size: int) -> list[str]:
     """Ranks by powers of ten: 1-10, 11-100, ..."""
-    edges = [10**k for k in range(len(str(vocab_size - 1)) + 1) if 10**k < vocab_size] + [vocab_size]
-    return [f"{low + 1 if low > 1 else 1}-{high}" for low, high in zip(edges, edges[1:], strict=False)]
+    edges = [0, *(10**k for k in range(1, len(str(vocab_size))) if 10**k < vocab_size), vocab_size]
+    return [f"{low + 1}-{high}" for low, high in zip(edges, edges[1:], strict=False)]
 
 
-@dataclass
 class _Sums:
-    num_buckets: int
-    terms: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
-    bins: Tensor = field(default_factory=lambda: torch.zeros(3, BINS, dtype=torch.float64))
+    """Float64 sums over rows: of all, by bin of confidence, by bucket of the label's frequency."""
 
-    def __post_init__(self) -> None:
-        self.buckets = torch.zeros(3, self.num_buckets, dtype=torch.float64)
+    def __init__(self, num_buckets: int) -> None:
+        self.terms = torch.zeros(4, dtype=torch.float64)  # rows, log-loss, hits, Brier
+        self.bins = torch.zeros(3, BINS, dtype=torch.float64)  # rows, confidence, hits
+        self.buckets = torch.zeros(3, num_buckets, dtype=torch.float64)  # rows, log-loss, hits
 
     def add(self, probabilities_NV: Tensor, log_p_N: Tensor, labels_N: Tensor, bucket_N: Tensor) -> None:
         """Rows of one chunk: probabilities, the label's log-probability, the label and its frequency bucket."""
