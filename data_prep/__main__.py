@@ -24,6 +24,10 @@ STAGES = {
     "documents": ("data_prep.documents", "clean, drop duplicates, split into train and validation"),
     "tokenizer": ("data_prep.tokenizer", "train a SentencePiece tokenizer, or take a given one"),
     "shards": ("data_prep.pack", "documents to fixed-length token sequences in tar shards"),
+    "pcfg": (
+        "data_prep.pcfg",
+        "random sentences of a context-free grammar to shards, with their parse spans",
+    ),
     "verify": ("data_prep.verify", "check every part of a shards folder against its index"),
 }
 

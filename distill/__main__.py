@@ -62,6 +62,41 @@ def build_parser() -> argparse.ArgumentParser:
         help="at least data.shards=FOLDER; see `distill train --help`",
     )
 
+    probe = commands.add_parser(
+        "probe",
+        help="what every checkpoint of a trajectory knows: n-grams, loss by word frequency, calibration",
+        formatter_class=raw,
+        epilog="example: distill probe runs/teacher/trajectory runs/teacher/config.yaml --suggest-schedule\n"
+        "The settings give the data, as for `distill train`: data.shards, data.task, data.mask_rate, log.eval_samples.",
+    )
+    probe.add_argument("trajectory", type=Path, help="folder with manifest.json")
+    probe.add_argument(
+        "settings", nargs="*", metavar="FILE.yaml | key=value", help="at least data.shards=FOLDER"
+    )
+    probe.add_argument(
+        "--out", type=Path, default=Path("probe"), help="folder for probe.json, probe.png (default probe)"
+    )
+    probe.add_argument(
+        "--ngrams",
+        type=int,
+        nargs="+",
+        default=[2, 3, 4, 5],
+        metavar="N",
+        help="their sizes (default 2 3 4 5)",
+    )
+    probe.add_argument(
+        "--sequences", type=int, default=128, help="validation sequences with hidden n-grams (default 128)"
+    )
+    probe.add_argument("--places", type=int, default=4, help="places in each of them (default 4)")
+    probe.add_argument(
+        "--steps", type=int, nargs="+", default=[], metavar="STEP", help="teacher steps (default: all)"
+    )
+    probe.add_argument(
+        "--suggest-schedule",
+        action="store_true",
+        help="find the phase transition and write schedule.yaml, ready for `distill train`, with the reasons",
+    )
+
     trajectory = commands.add_parser("trajectory", help="a teacher's checkpoints as one object")
     trajectory_commands.add_commands(trajectory)
     return parser
@@ -86,9 +121,34 @@ def run(arguments: argparse.Namespace) -> int:
         from distill.export import evaluate_folder
 
         report(evaluate_folder(arguments.model, load_config([], ["run_dir=.", *arguments.settings])))
+    elif arguments.command == "probe":
+        run_probe(arguments)
     elif arguments.command == "trajectory":
         return trajectory_commands.run(arguments)
     return 0
+
+
+def run_probe(arguments: argparse.Namespace) -> None:
+    files = [s for s in arguments.settings if "=" not in s]
+    config = load_config(
+        files,
+        [
+            "run_dir=.",
+            'teacher.trajectory=""',
+            "objective.weights={}",
+            *(s for s in arguments.settings if "=" in s),
+        ],
+    )
+    from distill.probes.trajectory import SCHEDULE, ProbeSettings, probe, write_suggestion
+    from distill.probes.trajectory import report as tables
+
+    sizes = tuple(arguments.ngrams)
+    asked = ProbeSettings(sizes, arguments.sequences, arguments.places, tuple(arguments.steps))
+    found = probe(arguments.trajectory, config, asked, arguments.out)
+    print(tables(found, sizes))
+    if arguments.suggest_schedule:
+        suggestion = write_suggestion(found, sizes, arguments.out)
+        print("\n".join(["", *suggestion.reasons, f"schedule: {arguments.out / SCHEDULE}"]))
 
 
 def report(result: Mapping[str, object]) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from data_prep.shards import TokenizerInfo
+from distill.checkpoint import TrainState
 from distill.config import Config, ScheduleConfig
 from distill.data import Samples
 from distill.distributed import World, agree_on_stop
@@ -19,8 +20,8 @@ from distill.engine import Engine
 from distill.evaluate import validation_samples
 from distill.growing import Growing
 from distill.models import build_model, check_split, load_model, num_parameters, quiet_transformers
-from distill.run_folder import read_schedule
-from distill.schedule import Schedule, make_schedule
+from distill.run_folder import read_schedule, store_schedule
+from distill.schedule import Schedule, follow_student, make_schedule
 from distill.signals import Stopped, stop_signal
 from distill.teacher import Teacher
 from distill.trajectory.audit.verdicts import refuse_bad_steps
@@ -82,6 +83,22 @@ class Run:
             self.teacher.close()
         if self.publisher:
             self.publisher.close()
+
+    def follow_student(self, state: TrainState, accuracy: float) -> None:
+        """Let a validation's top-1 advance a schedule that waits for the student. On disk before it takes effect.
+
+        All ranks have the same sums, hence the same decision.
+        """
+        if self.schedule is None or self.trajectory is None or self.config.schedule.kind != "saturation":
+            return
+        before = self.schedule
+        self.schedule, state.gained = follow_student(
+            before, self.config.schedule, state.consumed, state.gained, accuracy
+        )
+        if self.schedule != before and self.world.is_main:
+            teacher = self.schedule.checkpoint_at(state.consumed)
+            log.info("step %d: the student has stopped gaining, teacher step %d teaches", state.step, teacher)
+            store_schedule(self.folder, self.schedule, self.trajectory)
 
 
 def build_run(config: Config, world: World, folder: Path) -> Run:

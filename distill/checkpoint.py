@@ -33,6 +33,7 @@ class TrainState:
     `consumed`.
     window: sums since the last metrics row, so that a resumed run writes the same rows.
     left: [step, validation loss] of the last two checkpoints of the trajectory, by which the save rule goes.
+    gained: validation top-1 since the teacher's stage began, for a schedule that follows the student.
     """
 
     step: int = 0
@@ -40,6 +41,7 @@ class TrainState:
     tokens: float = 0.0
     window: dict[str, float] = dataclasses.field(default_factory=dict)
     left: list[list[float]] = dataclasses.field(default_factory=list)
+    gained: list[float] = dataclasses.field(default_factory=list)
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:

@@ -36,6 +36,11 @@ class DataConfig:
     isolate_documents: bool = _opt(
         False, "no attention across documents in a sequence; positions restart at each"
     )
+    span_depth: int = _opt(
+        0,
+        "CLM on shards of `python -m data_prep pcfg`: only words that end a span at most so deep below the root count; "
+        "0: all",
+    )
     shuffle_window: int = _opt(65536, "samples shuffled together; 1 keeps the order of the shards")
     num_workers: int = _opt(0, "reader processes a rank; 0 reads in the training process")
 
@@ -84,15 +89,20 @@ class ScheduleConfig:
         "one_shot",
         "one_shot: the final teacher; equal: num_stages equal stages; n_t: stage_steps on each, the rest on the last; "
         "two_shot: one early checkpoint for early_share, then the final; explicit: stages as given; "
-        "speed: student step s is taught by the checkpoint at or after speed*(s+1)",
-        ("one_shot", "equal", "n_t", "two_shot", "explicit", "speed"),
+        "speed: student step s is taught by the checkpoint at or after speed*(s+1); "
+        "saturation: num_stages in turn, the next when the student has stopped gaining",
+        ("one_shot", "equal", "n_t", "two_shot", "explicit", "speed", "saturation"),
     )
     checkpoints: list[int] = _opt([], "teacher steps to use; empty: chosen from the whole trajectory")
-    num_stages: int = _opt(0, "equal, n_t: number of stages; 0: one a checkpoint")
-    stage_steps: int = _opt(0, "n_t: student steps on every checkpoint but the last")
+    num_stages: int = _opt(0, "equal, n_t, saturation: number of stages; 0: one a checkpoint")
+    stage_steps: int = _opt(
+        0, "n_t: student steps on every checkpoint but the last; saturation: the most steps, 0: no limit"
+    )
     early_share: float = _opt(0.1, "two_shot: share of the budget on the early checkpoint, 0 to 1")
     stages: list[list[int]] = _opt([], "explicit: [[first student step, teacher step], ...]")
     speed: float = _opt(1.0, "speed: teacher steps a student step")
+    patience: int = _opt(2, "saturation: validations without a gain after which the next checkpoint teaches")
+    min_gain: float = _opt(0.01, "saturation: validation top-1 that counts as a gain, 0 to 1")
 
 
 @dataclass

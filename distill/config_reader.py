@@ -7,6 +7,7 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,8 @@ def load_config(files: list[str | Path], assignments: list[str]) -> Config:
     Raises:
         ConfigError: unknown keys, wrong types, values out of range and contradictions, all at once.
     """
-    problems: list[str] = []
-    layers = [_read_yaml(Path(f), problems) for f in files]
-    layers += [_parse_assignment(a, problems) for a in assignments]
     config = Config()
-    for layer in layers:
-        _merge(config, layer, "", problems)
+    problems = fill(config, files, assignments)
     if not config.objective.weights:
         config.objective.weights = {"forward_kl": 1.0} if config.teacher.trajectory else {"hard": 1.0}
     if not problems:
@@ -47,6 +44,16 @@ def load_config(files: list[str | Path], assignments: list[str]) -> Config:
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def fill(config: Any, files: Sequence[str | Path], assignments: Sequence[str]) -> list[str]:
+    """Put YAML files in order, then assignments into a dataclass of settings, nested or not. Returns the problems."""
+    problems: list[str] = []
+    layers = [_read_yaml(Path(f), problems) for f in files]
+    layers += [_parse_assignment(a, problems) for a in assignments]
+    for layer in layers:
+        _merge(config, layer, "", config, problems)
+    return problems
 
 
 def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -84,14 +91,14 @@ def _plain(value: Any) -> Any:
     return {key: _plain(v) for key, v in value.items()} if isinstance(value, dict) else value
 
 
-def _merge(target: Any, layer: dict[str, Any], prefix: str, problems: list[str]) -> None:
+def _merge(target: Any, layer: dict[str, Any], prefix: str, whole: Any, problems: list[str]) -> None:
     hints = typing.get_type_hints(type(target))
     for name, value in layer.items():
         if name not in hints:
-            problems.append(f"unknown key {prefix}{name}{_nearest(str(name), prefix, list(hints))}")
+            problems.append(f"unknown key {prefix}{name}{_nearest(str(name), prefix, list(hints), whole)}")
         elif dataclasses.is_dataclass(getattr(target, name)):
             if isinstance(value, dict):
-                _merge(getattr(target, name), value, f"{prefix}{name}.", problems)
+                _merge(getattr(target, name), value, f"{prefix}{name}.", whole, problems)
             else:
                 problems.append(
                     f"{prefix}{name} is a group of settings, got {value!r}; set e.g. {prefix}{name}.KEY=..."
@@ -106,9 +113,9 @@ def _merge(target: Any, layer: dict[str, Any], prefix: str, problems: list[str])
                 problems.append(f"{prefix}{name}: {error}")
 
 
-def _nearest(name: str, prefix: str, names: list[str]) -> str:
+def _nearest(name: str, prefix: str, names: list[str], whole: Any) -> str:
     """The nearest valid key, looked for in its own group first, then in all of them."""
-    everywhere = {key.rsplit(".", 1)[-1]: key for key, _, _ in fields_of(Config())}
+    everywhere = {key.rsplit(".", 1)[-1]: key for key, _, _ in fields_of(whole)}
     close = difflib.get_close_matches(name, names, n=1)
     if not close and (elsewhere := difflib.get_close_matches(name, everywhere, n=1)):
         return f"; did you mean {everywhere[elsewhere[0]]}?"

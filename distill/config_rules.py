@@ -13,6 +13,7 @@ SHARES = (
     "data.random_token_share",
     "objective.beta",
     "schedule.early_share",
+    "schedule.min_gain",
     "optim.warmup_share",
     "optim.decay_share",
     "optim.final_lr_share",
@@ -22,6 +23,7 @@ POSITIVE = (
     "batch_size",
     "data.shuffle_window",
     "schedule.speed",
+    "schedule.patience",
     "save.every",
     "save.keep",
     "log.every",
@@ -33,7 +35,9 @@ NOT_NEGATIVE = (
     "micro_batch_size",
     "objective.chunk_rows",
     "data.num_workers",
+    "data.span_depth",
     "schedule.num_stages",
+    "schedule.stage_steps",
     "optim.clip",
     "optim.eps",
     "optim.weight_decay",
@@ -46,11 +50,13 @@ NOT_NEGATIVE = (
 COLDEST_SOFT = 1e-4  # below it the teacher is its arg-max
 # A key of the schedule that the chosen kind doesn't read would be ignored in silence.
 READ_BY = {
-    "checkpoints": ("one_shot", "equal", "n_t", "two_shot", "speed"),
-    "num_stages": ("equal", "n_t"),
-    "stage_steps": ("n_t",),
+    "checkpoints": ("one_shot", "equal", "n_t", "two_shot", "speed", "saturation"),
+    "num_stages": ("equal", "n_t", "saturation"),
+    "stage_steps": ("n_t", "saturation"),
     "stages": ("explicit",),
     "speed": ("speed",),
+    "patience": ("saturation",),
+    "min_gain": ("saturation",),
 }
 
 
@@ -95,6 +101,10 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             f"engine.zero_stage must be 0, 1, 2 or 3, got {c.engine.zero_stage}",
         ),
         (c.teacher.zero_stage in (0, 3), f"teacher.zero_stage must be 0 or 3, got {c.teacher.zero_stage}"),
+        (
+            c.data.task == "clm" or not c.data.span_depth,
+            f"data.span_depth={c.data.span_depth} is read with data.task=clm only, got data.task={c.data.task}",
+        ),
         (
             not (c.engine.zero_stage == 0 and c.engine.dtype == "bf16"),
             "engine.zero_stage=0 with bf16 takes a wrong first Adam step in DeepSpeed; use zero_stage=1, which costs the same",

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.shards import ShardReader, TokenizerInfo
+from data_prep.spans import SpanReader, heights_of
 from distill.config import DataConfig
 from distill.kernels import IGNORED_LABEL as IGNORE
 from distill.models import Inputs
@@ -70,7 +71,7 @@ def mask_tokens(
     """(masked tokens_BL, labels_BL) for masked language modelling (Devlin et al. 2019, section 3.1).
 
     What happens to a position is a function of (seed, epoch, sample, position). Special tokens are never
-    predicted. Of the predicted ones mask_token_share become <mask>, random_token_share a random token.
+    predicted. Of the predicted ones mask_token_share become <mask>, random_token_share a random other token.
     """
     keys_B = keys_of(seed, 3, epochs_B, ids_B)
     words = mix(
@@ -78,16 +79,21 @@ def mask_tokens(
     )
     choose, replace, fresh = (words[:, i] for i in range(3))
     uniform = np.float64(2.0**-64)
-    specials = [tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id]
-    predicted = (choose * uniform < config.mask_rate) & ~np.isin(
-        tokens_BL, [s for s in specials if s is not None]
-    )
+    specials = special_ids(tokenizer)
+    predicted = (choose * uniform < config.mask_rate) & ~np.isin(tokens_BL, specials)
     labels_BL = np.where(predicted, tokens_BL, IGNORE)
     how = replace * uniform
     masked = predicted & (how < config.mask_token_share)
     random = predicted & ~masked & (how < config.mask_token_share + config.random_token_share)
     out_BL = np.where(masked, np.int64(tokenizer.mask_id or 0), tokens_BL)
-    return np.where(random, (fresh % np.uint64(tokenizer.vocab_size)).astype(np.int64), out_BL), labels_BL
+    ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), specials)
+    return np.where(random, ordinary[fresh % np.uint64(len(ordinary))], out_BL), labels_BL
+
+
+def special_ids(tokenizer: TokenizerInfo) -> list[int]:
+    """Ids that stand for no text: padding, unknown, both ends, mask."""
+    ids = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id)
+    return [number for number in ids if number is not None]
 
 
 def next_tokens(tokens_BL: Ints, tokenizer: TokenizerInfo, isolate_documents: bool) -> Ints:
@@ -101,6 +107,13 @@ def next_tokens(tokens_BL: Ints, tokenizer: TokenizerInfo, isolate_documents: bo
     if isolate_documents:
         labels_BL[tokens_BL == tokenizer.eos_id] = IGNORE
     return labels_BL
+
+
+def only_span_ends(labels_BL: Ints, heights_BL: Ints, lowest: int) -> Ints:
+    """The labels whose word ends a span of level `lowest` or higher, the others IGNORE."""
+    ends_BL = np.zeros(labels_BL.shape, bool)
+    ends_BL[:, :-1] = heights_BL[:, 1:] >= lowest  # a label is the word that follows
+    return np.where(ends_BL, labels_BL, IGNORE)
 
 
 def attention(
@@ -146,6 +159,12 @@ class Samples(Dataset[Batch]):
             raise ValueError(
                 f"{config.shards}: its tokenizer has no mask token; task mlm needs one (or use data.task=clm)"
             )
+        self.spans = SpanReader(config.shards, split) if config.span_depth else None
+        if self.spans and config.span_depth >= self.spans.levels:
+            raise ValueError(
+                f"data.span_depth={config.span_depth}: the grammar of {config.shards} has {self.spans.levels} levels, "
+                f"so that depths up to {self.spans.levels - 1} leave words out; 0 counts all"
+            )
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -165,6 +184,9 @@ class Samples(Dataset[Batch]):
                 tokens_BL,
                 next_tokens(tokens_BL, self.tokenizer, self.config.isolate_documents),
             )
+            if self.spans:
+                heights_BL = heights_of(np.stack([self.spans[int(i)] for i in ids_B]))
+                labels_BL = only_span_ends(labels_BL, heights_BL, self.spans.levels - self.config.span_depth)
         else:
             inputs_BL, labels_BL = mask_tokens(
                 tokens_BL, epochs_B, ids_B, self.config, self.tokenizer, self.seed

@@ -21,5 +21,7 @@ class Head(NamedTuple):
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """All logits [N, V] at once; `distill.kernels.linear_divergence` never holds them."""
-        logits_NV = linear(hidden_ND, self.weight_VD, self.bias_V)  # to the bit what the model's own layer says
+        logits_NV = linear(
+            hidden_ND, self.weight_VD, self.bias_V
+        )  # to the bit what the model's own layer says
         return logits_NV if self.softcap is None else self.softcap * (logits_NV / self.softcap).tanh()

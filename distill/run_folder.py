@@ -86,7 +86,10 @@ def store_settings(
 
 
 def store_schedule(folder: Path, schedule: Schedule, trajectory: Manifest) -> None:
-    """Record what teaches when, and its weights as far as they exist."""
+    """Bind the run to what teaches when, and to its weights as far as they exist.
+
+    Called at its start, and when a stage is settled: by the student's progress, or by a teacher that is still training.
+    """
     content = {**json.loads(schedule.to_json()), WEIGHTS: _weights(schedule, trajectory)}
     write_text(folder / SCHEDULE, json.dumps(content, indent=1))
 
@@ -116,7 +119,7 @@ def read_schedule(folder: Path, trajectory: Manifest) -> Schedule | None:
 def _weights(schedule: Schedule, trajectory: Manifest) -> dict[str, list[str]]:
     """sha256 of the weight files of each checkpoint that teaches, by teacher step (text, as JSON keys are)."""
     known = trajectory.checkpoints
-    steps = sorted({stage.checkpoint for stage in schedule.stages})
+    steps = sorted({*(stage.checkpoint for stage in schedule.stages), *schedule.waiting})
     return {str(step): list(known[step].weights) for step in steps if step in known}
 
 

@@ -30,7 +30,9 @@ class Schedule:
     """Stages in order, over `total_samples` in batches of `batch_size`.
 
     `final_checkpoint` is the trajectory's last. The last `unsettled` stages name checkpoints that a teacher which is
-    still training has yet to leave; what teaches them is settled when they start.
+    still training has yet to leave; what teaches them is settled when they start. `waiting`: checkpoints of an
+    adaptive schedule that are still to teach, in their turn; the student's progress decides when, `advanced`
+    writes it down.
     """
 
     stages: tuple[Stage, ...]
@@ -38,6 +40,7 @@ class Schedule:
     batch_size: int
     final_checkpoint: int
     unsettled: int = 0
+    waiting: tuple[int, ...] = ()
 
     def is_settled(self, stage: int) -> bool:
         """Whether the checkpoint of the stage with this index is decided."""
@@ -59,7 +62,13 @@ class Schedule:
 
     def upcoming(self, consumed: int) -> list[int]:
         """Teacher steps of the stages after that, in order: the first is to be fetched ahead."""
-        return [stage.checkpoint for stage in self.stages[self.stage_index(consumed) + 1 :]]
+        following = self.stages[self.stage_index(consumed) + 1 :]
+        return [*(stage.checkpoint for stage in following), *self.waiting]
+
+    def advanced(self, consumed: int) -> Schedule:
+        """The schedule in which the first of the waiting checkpoints teaches from `consumed` samples on."""
+        stage = Stage(consumed, self.waiting[0])
+        return replace(self, stages=(*self.stages, stage), waiting=self.waiting[1:])
 
     @property
     def ends_on_final(self) -> bool:
@@ -73,6 +82,9 @@ class Schedule:
             first, last = stage.first_sample // self.batch_size, end // self.batch_size - 1
             share = (end - stage.first_sample) / self.total_samples
             lines.append(f"{i:>5}  {first:>8} - {last:<8}  {stage.checkpoint:>12}  {share:>5.1%}")
+        if self.waiting:
+            turn = ", ".join(map(str, self.waiting))
+            lines.append(f"in their turn, each when the student stops gaining: {turn}")
         lines.append(
             f"ends on the final teacher: {'yes' if self.ends_on_final else 'NO'} (final: step {self.final_checkpoint})"
         )
@@ -86,6 +98,7 @@ class Schedule:
                 "final_checkpoint": self.final_checkpoint,
                 "unsettled": self.unsettled,
                 "stages": [[s.first_sample, s.checkpoint] for s in self.stages],
+                **({"waiting": self.waiting} if self.waiting else {}),
             },
             indent=1,
         )
@@ -94,7 +107,8 @@ class Schedule:
 def schedule_from_json(text: str) -> Schedule:
     """What `to_json` wrote."""
     content = json.loads(text)
-    return Schedule(**{**content, "stages": tuple(Stage(*stage) for stage in content["stages"])})
+    stages = tuple(Stage(*stage) for stage in content["stages"])
+    return Schedule(**{**content, "stages": stages, "waiting": tuple(content.get("waiting", ()))})
 
 
 # ------------------------------------------------------------------------------------------------ teacher
@@ -127,10 +141,13 @@ def make_schedule(
         "two_shot": lambda: _two_shot(config, known, losses, steps),
         "explicit": lambda: [(first, checkpoint) for first, checkpoint in config.stages],
         "speed": lambda: _speed(chosen, config.speed, steps),
+        "saturation": lambda: [(0, _spaced(chosen, config.num_stages)[0])],
     }[config.kind]()
-    _check_plan(plan, known, steps)
+    waiting = _spaced(chosen, config.num_stages)[1:] if config.kind == "saturation" else []
+    _check_known([*(c for _, c in plan), *waiting], known)
+    _check_starts([first for first, _ in plan], steps)
     stages = tuple(Stage(first * batch_size, c) for first, c in plan)
-    return Schedule(stages, steps * batch_size, batch_size, known[-1])
+    return Schedule(stages, steps * batch_size, batch_size, known[-1], waiting=tuple(waiting))
 
 
 def _spaced(checkpoints: list[int], number: int) -> list[int]:
@@ -197,21 +214,53 @@ def steepest_checkpoint(losses: Mapping[int, float]) -> int:
     return max(slopes, key=lambda step: slopes[step])
 
 
-def _check_plan(plan: list[tuple[int, int]], known: list[int], steps: int) -> None:
-    for _, checkpoint in plan:
+def follow_student(
+    schedule: Schedule, config: ScheduleConfig, consumed: int, gained: Sequence[float], accuracy: float
+) -> tuple[Schedule, list[float]]:
+    """What a validation after `consumed` samples decides: the schedule, and the accuracies of the stage so far.
+
+    The next checkpoint teaches once the student has stopped gaining, or `stage_steps` are over. The original's
+    rule (`progressive_till_saturate` of Panigrahi et al.'s code) also waited for a first gain, and so never left
+    a teacher that has nothing to teach. A decision that the schedule holds already is not taken again: a run
+    that goes on from before it repeats it.
+
+    gained: the accuracies (0 to 1) that the last call returned; empty at first.
+    """
+    stage = schedule.stages[schedule.stage_index(consumed)]
+    if stage.first_sample == consumed:  # decided before the run was cut off
+        return schedule, [accuracy]
+    gained = [*gained, accuracy]
+    if stage != schedule.stages[-1] or not schedule.waiting or consumed >= schedule.total_samples:
+        return schedule, gained
+    stayed = (consumed - stage.first_sample) // schedule.batch_size
+    if is_saturated(gained, config.patience, config.min_gain) or 0 < config.stage_steps <= stayed:
+        return schedule.advanced(consumed), [accuracy]
+    return schedule, gained
+
+
+def is_saturated(accuracies: Sequence[float], patience: int, min_gain: float) -> bool:
+    """Whether the last `patience` accuracies are nowhere `min_gain` above the best before them."""
+    before, recent = accuracies[:-patience], accuracies[-patience:]
+    return bool(before) and max(recent) < max(before) + min_gain
+
+
+def _check_known(checkpoints: list[int], known: list[int]) -> None:
+    for checkpoint in checkpoints:
         if checkpoint not in known:
             nearest = sorted(known, key=lambda c: abs(c - checkpoint))[:2]
             raise ValueError(
                 f"the schedule names teacher step {checkpoint}, which the trajectory lacks; the nearest are {sorted(nearest)}"
             )
-    firsts = [first for first, _ in plan]
+
+
+def _check_starts(firsts: list[int], steps: int) -> None:
     if firsts[0] != 0 or any(b <= a for a, b in zip(firsts, firsts[1:], strict=False)):
         raise ValueError(
             f"stages must start at step 0 and rise strictly, got first steps {firsts} in a budget of {steps} steps"
         )
-    if plan[-1][0] >= steps and len(plan) > 1:
+    if firsts[-1] >= steps and len(firsts) > 1:
         raise ValueError(
-            f"the last stage starts at step {plan[-1][0]}, after the budget of {steps} steps: "
+            f"the last stage starts at step {firsts[-1]}, after the budget of {steps} steps: "
             "lengthen the run or shorten the stages"
         )
 

@@ -66,6 +66,7 @@ def train(config: Config) -> dict[str, Any]:
                 found = validate(run.engine.student, run.validation, config, run.micro, world)
                 refuse_diverged(found["hard"], "validation loss", state, config)
                 rows.row("validation", state.step, found)
+                run.follow_student(state, found["accuracy"])
             if run.publisher and due.leave_checkpoint:
                 checkpoint.save_to_trajectory(
                     run.publisher, run.engine, run.tokenizer, state, found["hard"], world

@@ -25,11 +25,11 @@ WITH_TEACHER = [*NEEDED, "teacher.trajectory=runs/t/trajectory"]
 KEYS = """
 run_dir seed steps batch_size micro_batch_size
 data.shards data.task data.mask_rate data.mask_token_share data.random_token_share
-data.isolate_documents data.shuffle_window data.num_workers
+data.isolate_documents data.span_depth data.shuffle_window data.num_workers
 model.architecture model.overrides model.init_from
 teacher.trajectory teacher.dtype teacher.zero_stage teacher.unfinished teacher.cache teacher.cache_gb
 schedule.kind schedule.checkpoints schedule.num_stages schedule.stage_steps schedule.early_share
-schedule.stages schedule.speed
+schedule.stages schedule.speed schedule.patience schedule.min_gain
 objective.weights objective.beta objective.temperature objective.temperature_on objective.temperature_squared
 objective.chunk_rows objective.kernel
 optim.lr optim.beta1 optim.beta2 optim.eps optim.weight_decay optim.clip optim.warmup_share optim.decay
@@ -202,9 +202,12 @@ def test_key_or_value_that_is_not_understood_is_named(assignment: str, said: str
         ),
         (
             ["schedule.stage_steps=5"],
-            "schedule.stage_steps=5 is read by kind n_t only, got schedule.kind=one_shot",
+            "schedule.stage_steps=5 is read by kind n_t and saturation only, got schedule.kind=one_shot",
         ),
-        (["schedule.num_stages=3"], "schedule.num_stages=3 is read by kind equal and n_t only"),
+        (
+            ["schedule.num_stages=3"],
+            "schedule.num_stages=3 is read by kind equal and n_t and saturation only",
+        ),
         (["schedule.kind=equal", "schedule.speed=2"], "schedule.speed=2.0 is read by kind speed only"),
         (
             ["schedule.kind=explicit", "schedule.stages=[[0, 5]]", "schedule.checkpoints=[5, 6]"],
@@ -214,6 +217,16 @@ def test_key_or_value_that_is_not_understood_is_named(assignment: str, said: str
         (
             ["optim.decay=wsd", "optim.warmup_share=0.5", "optim.decay_share=0.6"],
             "must not pass 1 with decay=wsd, got 0.5 + 0.6",
+        ),
+        (["schedule.patience=3"], "schedule.patience=3 is read by kind saturation only"),
+        (["schedule.kind=saturation", "schedule.patience=0"], "schedule.patience must be above 0, got 0"),
+        (
+            ["schedule.kind=saturation", "schedule.min_gain=2"],
+            "schedule.min_gain must lie in 0 to 1, got 2.0",
+        ),
+        (
+            ["schedule.kind=saturation", "schedule.stage_steps=-1"],
+            "schedule.stage_steps must not be negative",
         ),
         (["schedule.num_stages=-1"], "schedule.num_stages must not be negative, got -1"),
         (["save.trajectory_every=-1"], "save.trajectory_every must not be negative, got -1"),

@@ -15,7 +15,7 @@ import pytest
 
 from distill.config import fields_of
 from distill.config_reader import load_config
-from distill.experiments.arms import mean_and_spread, steps_to, table
+from distill.experiments.arms import mean_and_spread, paired_t, steps_to, table
 from distill.experiments.wiki_books import CONFIGS, arms
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +73,12 @@ def test_the_table_shows_spread_over_seeds_and_what_was_not_reached() -> None:
     lines = table(results, {"a": "A", "b": "B"}, {"hard": "loss", "steps": "steps"}).splitlines()
     assert lines[2:] == ["| A | 2.000 ± 1.414 | reached by 1 of 2 |", "| B | 2.000 ± 0.000 |  |"]
     assert mean_and_spread([5.0]) == (5.0, 0.0)
+
+
+def test_t_of_paired_differences_is_students() -> None:
+    assert paired_t([2.0, 0.3, -0.7]) == pytest.approx(0.6767, abs=1e-4)  # mean .5333, sd 1.3650, n 3
+    assert paired_t([1.0, 1.0]) == math.inf
+    assert paired_t([0.0, 0.0]) == 0.0
 
 
 @pytest.fixture(scope="module")

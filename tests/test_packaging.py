@@ -175,7 +175,7 @@ def test_wheel_holds_the_library_the_configs_and_the_licence(source_copy: Path) 
     said, names = build(source_copy, "build_wheel")
     assert "not built" not in said
     assert "distill/kernels/libdistill.so" in names
-    configs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "distill/configs").glob("*.yaml")}
+    configs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "distill/configs").rglob("*.yaml")}
     assert configs <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
 

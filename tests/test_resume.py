@@ -289,3 +289,24 @@ def test_twenty_kills_at_random_moments_change_nothing(
     assert_same_run(tmp_path / "run", tmp_path / "calm")
     if kind == "teacher":
         assert trajectory(tmp_path / "run") == trajectory(tmp_path / "calm")
+
+
+def test_adaptive_schedule_killed_after_a_decision_repeats_it(
+    shards: Path, teacher_run: Path, tmp_path: Path
+) -> None:
+    waits = {"kind": "saturation", "checkpoints": [2, 8, 24], "patience": 1, "min_gain": 1.0}
+    changes: dict[str, Any] = {f"schedule__{key}": value for key, value in waits.items()}
+    changes |= {"schedule__stages": [], "log__eval_every": 2}
+    whole = tmp_path / "whole" / "run"
+    whole.parent.mkdir()
+    distill(student(shards, teacher_run, whole, **changes), tmp_path / "whole").ok()
+    decided = json.loads((whole / "schedule.json").read_text())
+    assert decided["stages"] == [[0, 2], [4 * 8, 8], [6 * 8, 24]]  # a gain of 1 is never reached
+
+    # The second decision, of step 6, is on record and the newest checkpoint is of step 5.
+    kill = Kill("distill.build:store_schedule", 2, before=False)
+    killed(student(shards, teacher_run, tmp_path / "run", **changes), tmp_path, kill)
+    assert json.loads((tmp_path / "run" / "schedule.json").read_text()) == decided
+    distill(student(shards, teacher_run, tmp_path / "run", **changes), tmp_path).ok()
+    assert_same_run(whole, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "schedule.json").read_text()) == decided

@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from distill.config import OptimConfig, ScheduleConfig
 from distill.schedule import (
     Schedule,
+    follow_student,
+    is_saturated,
     is_trajectory_step,
     learning_rate,
     make_schedule,
     ramp_at,
+    schedule_from_json,
     steepest_checkpoint,
 )
 
@@ -233,6 +236,77 @@ def test_json_of_a_schedule_holds_its_stages_in_samples() -> None:
         "unsettled": 0,
         "stages": [[0, 500], [40, 1000]],
     }
+
+
+# ------------------------------------------------------------------------------------------------ saturation
+
+WAITS = ScheduleConfig(kind="saturation", num_stages=3, patience=2, min_gain=0.1)
+
+
+def walk(config: ScheduleConfig, accuracies: list[float], decided: Schedule | None = None) -> Schedule:
+    """The schedule after validations of these accuracies, one every second step, from `decided` if resumed."""
+    s, gained = decided or make_schedule(config, EVERY_100, {}, 20, BATCH), []
+    for i, accuracy in enumerate(accuracies, start=1):
+        s, gained = follow_student(s, config, 2 * BATCH * i, gained, accuracy)
+    return s
+
+
+def stages_of(s: Schedule) -> list[tuple[int, int]]:
+    """(first student step, teacher step) of each stage."""
+    return [(stage.first_sample // BATCH, stage.checkpoint) for stage in s.stages]
+
+
+def test_an_adaptive_schedule_starts_with_its_first_checkpoint_and_prefetches_the_next() -> None:
+    s = walk(WAITS, [])
+    assert (stages_of(s), s.waiting) == ([(0, 400)], (700, 1000))
+    assert s.upcoming(0)[0] == s.upcoming(99 * BATCH)[0] == 700
+    assert "each when the student stops gaining: 700, 1000" in s.table()
+
+
+def test_the_next_checkpoint_teaches_once_patience_validations_gained_less_than_asked() -> None:
+    assert stages_of(walk(WAITS, [0.1, 0.3, 0.5])) == [(0, 400)]
+    assert stages_of(walk(WAITS, [0.1, 0.3, 0.3])) == [(0, 400)]
+    assert stages_of(walk(WAITS, [0.3, 0.3, 0.35])) == [(0, 400), (6, 700)]
+    # The validation that decides is the first of the new stage, whose gain is counted afresh.
+    assert stages_of(walk(WAITS, [0.3, 0.3, 0.35, 0.46, 0.5, 0.5])) == [(0, 400), (6, 700), (12, 1000)]
+    assert stages_of(walk(WAITS, [0.3] * 9)) == [(0, 400), (6, 700), (10, 1000)]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "saturated"),
+    [([0.5], False), ([0.5, 0.5], False), ([0.5, 0.5, 0.5], True), ([0.5, 0.625, 0.5], False), ([0.5, 0.25, 0.25], True)],
+)  # fmt: skip
+def test_a_gain_is_counted_against_the_best_before(accuracies: list[float], saturated: bool) -> None:
+    assert is_saturated(accuracies, patience=2, min_gain=0.125) is saturated
+
+
+def test_a_student_that_never_stops_gaining_stays_no_longer_than_stage_steps() -> None:
+    limited = ScheduleConfig(kind="saturation", num_stages=3, stage_steps=6, min_gain=0.01)
+    assert stages_of(walk(limited, [i / 10 for i in range(10)])) == [(0, 400), (6, 700), (12, 1000)]
+
+
+def test_nothing_is_decided_at_the_end_of_the_budget() -> None:
+    assert stages_of(walk(WAITS, [0.9] * 2 + [0.1] * 8))[-1][0] < 20
+    late = [i / 10 for i in range(8)] + [0.7, 0.7]  # saturated at step 20 of 20
+    assert stages_of(walk(WAITS, late)) == [(0, 400)]
+
+
+@given(st.lists(st.integers(0, 10), min_size=1, max_size=9))
+def test_a_resumed_run_repeats_the_decisions_on_record(tenths: list[int]) -> None:
+    accuracies = [t / 10 for t in tenths]
+    whole = walk(WAITS, accuracies)
+    recorded = schedule_from_json(whole.to_json())
+    assert recorded == whole
+    assert walk(WAITS, accuracies, decided=recorded) == whole
+    # Even where other hardware rounds a validation differently: what is on record stands.
+    assert (
+        walk(WAITS, [1 - a for a in accuracies], decided=recorded).stages[: len(whole.stages)] == whole.stages
+    )
+
+
+def test_an_adaptive_schedule_names_a_waiting_checkpoint_that_the_trajectory_lacks() -> None:
+    with pytest.raises(ValueError, match="teacher step 250, which the trajectory lacks"):
+        schedule(10, kind="saturation", checkpoints=[100, 250])
 
 
 # ------------------------------------------------------------------------------------------------ scalars

@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from distill.files import write_text
 from distill.metrics import METRICS, read_rows
@@ -91,6 +92,14 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
 
 
+def paired_t(differences: Sequence[float]) -> float:
+    """Student's t of the mean of at least two paired differences against 0; infinite where they are all equal."""
+    mean, spread = mean_and_spread(differences)
+    if spread == 0:
+        return math.copysign(math.inf, mean) if mean else 0.0
+    return mean / (spread / math.sqrt(len(differences)))
+
+
 def table(
     results: Mapping[str, Sequence[Mapping[str, float]]],
     titles: Mapping[str, str],
@@ -117,7 +126,9 @@ def _cell(values: Sequence[float], key: str) -> str:
             if all(math.isinf(v) for v in values)
             else f"reached by {sum(map(math.isfinite, values))} of {len(values)}"
         )
-    digits = {"hard": 3, "accuracy": 4, "minutes": 1}.get(key, 0)
+    digits = next(
+        (n for start, n in {"hard": 3, "accuracy": 4, "minutes": 1}.items() if key.startswith(start)), 0
+    )
     mean, spread = mean_and_spread(values)
     return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
 
@@ -143,6 +154,11 @@ def plot(
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.suptitle(heading)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG whole or not at all, and close the figure."""
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
     temporary.replace(path)

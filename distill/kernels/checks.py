@@ -90,8 +90,9 @@ def _check_sparse(targets: SparseTargets, num_rows: int, device: torch.device, t
     wrong_NK = (probs_NK != 0) & ((ids_NK < 0) | (ids_NK >= terms.vocab_size))
     if bool(wrong_NK.any()):
         row, entry = wrong_NK.nonzero()[0].tolist()
-        found = int(ids_NK[row, entry])
-        raise ValueError(f"target id {found} in row {row} is not in 0..{terms.vocab_size - 1}")
+        raise ValueError(
+            f"target id {int(ids_NK[row, entry])} in row {row} is not in 0..{terms.vocab_size - 1}"
+        )
 
 
 def _check_labels(labels_N: Tensor, num_rows: int, vocab_size: int) -> None:

@@ -34,12 +34,9 @@ def reference_divergence(
     loss_N = sum(parts, torch.zeros_like(soft_N))
     if weights_N is not None:
         loss_N = torch.where(weights_N == 0, 0.0, weights_N * loss_N)
-    sums = (_sum(term, counted_N) for term in (soft_N.detach(), soft_ce_N.detach(), hard_N.detach()))
-    return Divergence(
-        _sum(loss_N, counted_N).to(student.dtype),
-        *(each.to(student.dtype) for each in sums),
-        *_counts(student, labels_N, counted_N),
-    )
+    terms_N = (loss_N, soft_N.detach(), soft_ce_N.detach(), hard_N.detach())
+    sums = [_sum(each, counted_N).to(student.dtype) for each in terms_N]
+    return Divergence(*sums, *_counts(student, labels_N, counted_N))
 
 
 def reference_value_and_grad(

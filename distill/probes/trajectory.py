@@ -1,0 +1,167 @@
+"""The probes over a whole trajectory, checkpoint by checkpoint; what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from data_prep.progress import progress
+from distill.config import Config, TeacherConfig
+from distill.data import Samples
+from distill.distributed import World
+from distill.engine import own_part
+from distill.files import write_text
+from distill.models import empty_model, quiet_transformers
+from distill.probes.ngrams import choose_places, ngram_dependence
+from distill.probes.quality import chance, frequency_ranks, measure
+from distill.probes.report import bucket_table, plot, table
+from distill.probes.transition import Suggestion, suggest_schedule
+from distill.teacher import check_vocabulary
+from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
+from distill.trajectory.stream import CheckpointStream, make_fetcher
+
+RESULTS, PICTURE, SCHEDULE = "probe.json", "probe.png", "schedule.yaml"
+_MICRO = 64  # sequences a forward, unless micro_batch_size says otherwise
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What is asked of every checkpoint."""
+
+    sizes: tuple[int, ...] = (2, 3, 4, 5)  # of n-grams
+    sequences: int = 128  # with places where n-grams are hidden
+    places: int = 4  # in each of these
+    steps: tuple[int, ...] = ()  # of the teacher; none: all
+
+
+def probe(trajectory: Path, config: Config, settings: ProbeSettings, out: Path) -> dict[str, Any]:
+    """Ask every checkpoint, write `probe.json` and `probe.png` to `out`. Returns what probe.json holds.
+
+    Raises:
+        ValueError: (and its kinds) an empty trajectory, one of other token ids or task, n-grams that fit nowhere,
+            an `out` that holds the answers to other questions.
+    """
+    _check(settings)
+    quiet_transformers()
+    manifest = load_manifest(trajectory)
+    samples = Samples(config.data, "validation", 0, shuffle=False)
+    check_vocabulary(manifest, samples.tokenizer)
+    steps = _steps(manifest, settings)
+    micro = config.micro_batch_size or _MICRO
+    places = choose_places(samples, settings.sequences, settings.places, settings.sizes)
+    ranks = frequency_ranks(Samples(config.data, "train", 0, shuffle=False).reader)
+    found = _begun(out, _questions(manifest, config, settings, samples))
+    found["chance"] = chance(samples, config.log.eval_samples, micro)
+    rows = {row["step"]: row for row in found["checkpoints"]}
+    todo = [step for step in steps if step not in rows]
+    models = checkpoints(manifest, config.data.task, samples.sequence_length, todo)
+    with progress("probe", len(steps), " checkpoints", len(steps) - len(todo)) as advance:
+        for step, model in models:
+            rows[step] = {
+                "step": step,
+                **measure(model, samples, ranks, config.log.eval_samples, micro),
+                **ngram_dependence(model, samples, places, settings.sizes, micro),
+            }
+            found["checkpoints"] = [rows[done] for done in sorted(rows)]
+            write_text(out / RESULTS, json.dumps(found, indent=1))
+            advance(1)
+    found["checkpoints"] = [rows[step] for step in steps]
+    plot(found["checkpoints"], settings.sizes, None, str(trajectory), out / PICTURE)
+    return found
+
+
+def report(found: dict[str, Any], sizes: Sequence[int]) -> str:
+    """The tables of what `probe` found."""
+    rows = found["checkpoints"]
+    parts = [table(rows, sizes), f"top-1 of knowing frequencies alone: {found['chance']:.4f}"]
+    return "\n\n".join([*parts, "log-loss / top-1 by the label's frequency rank", bucket_table(rows)])
+
+
+def write_suggestion(found: dict[str, Any], sizes: Sequence[int], out: Path) -> Suggestion:
+    """Write `schedule.yaml` to `out` and mark its checkpoint in the picture.
+
+    Raises:
+        NoTransition: the trajectory shows none.
+    """
+    suggestion = suggest_schedule(found["checkpoints"], found["chance"])
+    write_text(out / SCHEDULE, suggestion.to_yaml())
+    heading = found["questions"]["trajectory"]
+    plot(found["checkpoints"], sizes, suggestion.early, heading, out / PICTURE)
+    return suggestion
+
+
+def _check(settings: ProbeSettings) -> None:
+    if not settings.sizes or min(settings.sizes) < 2:
+        raise ValueError(f"--ngrams {list(settings.sizes)}: numbers of 2 or more expected")
+    if settings.sequences < 1 or settings.places < 1:
+        raise ValueError(
+            f"--sequences and --places must be at least 1, got {settings.sequences} and {settings.places}"
+        )
+
+
+def _steps(manifest: Manifest, settings: ProbeSettings) -> list[int]:
+    known = [step for step in manifest.checkpoints if step > 0]
+    if not known:
+        raise BadTrajectory(
+            f"{manifest.url} has no checkpoint after step 0: let the teacher's run leave some first"
+        )
+    if missing := sorted(set(settings.steps) - set(known)):
+        raise BadTrajectory(f"{manifest.url} has no teacher step {missing[0]}; it has {known}")
+    return sorted(settings.steps or known)
+
+
+def _questions(
+    manifest: Manifest, config: Config, settings: ProbeSettings, samples: Samples
+) -> dict[str, Any]:
+    """All that decides the answers."""
+    asked = {key: value for key, value in asdict(settings).items() if key != "steps"}
+    data = {key: value for key, value in asdict(config.data).items() if key not in ("shards", "num_workers")}
+    return {
+        "trajectory": manifest.url,
+        "samples": samples.fingerprint,
+        "eval_samples": config.log.eval_samples,
+        **json.loads(json.dumps(asked | data)),
+    }
+
+
+def _begun(out: Path, questions: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run found, or nothing yet."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / RESULTS).exists():
+        return {"questions": questions, "checkpoints": []}
+    found: dict[str, Any] = json.loads((out / RESULTS).read_text(encoding="utf-8"))
+    for key, value in questions.items():
+        if found["questions"].get(key) != value:
+            raise ValueError(
+                f"{out / RESULTS} answers another question: its {key} is {found['questions'].get(key)!r}, now {value!r}; "
+                "give another folder to --out, or delete this one"
+            )
+    return found
+
+
+def checkpoints(
+    manifest: Manifest, task: str, sequence_length: int, steps: Sequence[int]
+) -> Iterator[tuple[int, PreTrainedModel]]:
+    """(teacher step, model) of each step: verified, fp32, on the GPU if there is one; the next is read meanwhile.
+
+    One model, whose weights the next step overwrites.
+    """
+    alone = World(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    fetcher = make_fetcher(manifest, TeacherConfig(), alone)
+    with fetcher.at_hand(steps[0], steps[1:]) as folder:
+        model = empty_model(task, folder, torch.float32, sequence_length).eval().to(device=alone.device)
+        stream = CheckpointStream(fetcher, folder, model, own_part)
+    try:
+        for index, step in enumerate(steps):
+            stream.swap_in(step)
+            if following := steps[index + 1 :]:
+                stream.prefetch(following[0], following[1:])
+            yield step, model
+    finally:
+        stream.close()

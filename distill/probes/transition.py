@@ -1,0 +1,106 @@
+"""Where in its trajectory a teacher makes its phase transition, and the schedule that follows from it.
+
+Panigrahi et al. (ICLR 2025): one checkpoint from inside the transition, then the final teacher, is enough; from
+before or after it, it is of no use. The steepest fall of the loss is not trusted alone: noise of the first steps,
+and the fall to the plateau of word frequencies, are steep as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+
+SIGMAS = 5  # that the accuracy must lie above chance
+_SETTLED = 0.95  # share of the loss's fall after which a teacher is as good as final
+_FADED = 0.8  # M_robust has fallen if it ends below this share of its peak
+
+
+class NoTransition(ValueError):
+    """The trajectory shows no phase transition that a schedule could use."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Teacher steps for a two_shot schedule, and why."""
+
+    early: int
+    final: int
+    early_share: float
+    reasons: tuple[str, ...]
+
+    def to_yaml(self) -> str:
+        """A config file for `distill train`, its reasons as comments."""
+        schedule = {
+            "kind": "two_shot",
+            "checkpoints": [self.early, self.final],
+            "early_share": self.early_share,
+        }
+        return "".join(f"# {r}\n" for r in self.reasons) + yaml.safe_dump(
+            {"schedule": schedule}, sort_keys=False
+        )
+
+
+def suggest_schedule(
+    rows: Sequence[Mapping[str, Any]], chance: float, early_share: float = 0.1
+) -> Suggestion:
+    """The checkpoint inside the transition, by the rows of `distill probe` (one a checkpoint, in order of steps).
+
+    Args:
+        chance: top-1 of a model that knows the frequencies of words alone.
+
+    Raises:
+        NoTransition: too few checkpoints, none above chance, or the fall lies before the first one.
+    """
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    if len(rows) < 4:
+        raise NoTransition(
+            f"{len(rows)} checkpoints, steps {steps}: at least 4 are needed to see a transition"
+        )
+    bar = chance + SIGMAS * math.sqrt(chance * (1 - chance) / rows[-1]["num_rows"])
+    able = [row["accuracy"] > bar for row in rows]
+    if not able[-1]:
+        raise NoTransition(
+            f"the final checkpoint's top-1 of {rows[-1]['accuracy']:.3f} is not above {bar:.3f}, which knowing the "
+            "frequencies of words gives: this teacher has not learned yet"
+        )
+    fallen = [(losses[0] - loss) / max(losses[0] - min(losses), 1e-12) for loss in losses]
+    candidates = [i for i in range(len(rows) - 1) if able[i] and fallen[i] < _SETTLED]
+    if not candidates:
+        raise NoTransition(
+            f"no checkpoint lies between chance (top-1 {bar:.3f}) and {_SETTLED:.0%} of the loss's fall; steps {steps}: "
+            "the teacher must leave more checkpoints while its loss falls (save.trajectory_first)"
+        )
+    slopes = -np.gradient(np.array(losses), np.log(steps))
+    best = max(candidates, key=lambda i: slopes[i])
+    if best == 0:
+        raise NoTransition(
+            f"the loss falls fastest at step {steps[0]}, the first checkpoint: the transition may lie before it; "
+            "the teacher must leave earlier checkpoints (save.trajectory_first)"
+        )
+    reasons = (
+        f"step {steps[best]}: the loss falls fastest there, {slopes[best]:.3f} nats for a factor e of steps, from "
+        f"{losses[best - 1]:.3f} at step {steps[best - 1]} to {losses[best + 1]:.3f} at step {steps[best + 1]}",
+        f"its top-1 of {rows[best]['accuracy']:.3f} is above {bar:.3f} (chance {chance:.3f} + {SIGMAS} sigma), so that it "
+        f"is no noise of the first steps; passed over as such: {[s for s, a in zip(steps, able, strict=True) if not a]}",
+        *_probe_reasons(rows, steps[best]),
+        f"then the final teacher, step {steps[-1]}, for {1 - early_share:.0%} of the budget",
+    )
+    return Suggestion(steps[best], steps[-1], early_share, reasons)
+
+
+def _probe_reasons(rows: Sequence[Mapping[str, Any]], picked: int) -> list[str]:
+    """What M_robust(3), where it was measured, says about the step picked."""
+    medians = {row["step"]: row["robust_3"][1] for row in rows if "robust_3" in row}
+    if not medians:
+        return []
+    peak, last = max(medians, key=lambda step: medians[step]), max(medians)
+    course = f"M_robust(3) peaks at step {peak} ({medians[peak]:.3f}) and ends at {medians[last]:.3f}"
+    if medians[last] > _FADED * medians[peak]:
+        return [f"{course}: it does not fall again, which neither confirms nor refutes the choice"]
+    verdict = "confirms" if 0.5 <= peak / picked <= 2 else "does NOT confirm (more than a factor 2 away)"
+    return [f"{course}: that {verdict} the choice"]

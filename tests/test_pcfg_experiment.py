@@ -1,0 +1,206 @@
+"""The PCFG study: labels at the ends of spans, the non-terminal probe, and the whole of it in small."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import ROOT
+
+from data_prep.__main__ import main
+from data_prep.grammars import load_grammar
+from data_prep.spans import SpanReader, heights_of
+from distill.config import DataConfig, fields_of
+from distill.config_reader import ConfigError, load_config
+from distill.data import Samples
+from distill.experiments.nonterminals import NonterminalStudy, Sentences, accuracies, fit, majority
+from distill.experiments.pcfg import CONFIGS, accuracy_at, arms, difference
+from distill.probes.transition import Suggestion
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pcfg") / "shards"
+    sizes = ["--levels", "3", "--train", "600", "--validation", "200"]
+    assert main(["pcfg", "cfg3b", *sizes, "--out", str(out), "--workers", "1"]) == 0
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ labels
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_causal_model_learns_from_the_ends_of_spans_alone(depth: int, sentences: Path) -> None:
+    config = DataConfig(shards=str(sentences), task="clm", span_depth=depth)
+    samples, spans = Samples(config, "train", 0, shuffle=True), SpanReader(sentences, "train")
+    batch = samples[np.arange(20)]
+    length, expected = samples.sequence_length, []
+    for row, sample in enumerate(batch.sample_ids):
+        heights = heights_of(spans[int(sample)])
+        expected += [
+            (row * length + at - 1, samples.reader[int(sample)][at])
+            for at in np.flatnonzero(heights >= 3 - depth)
+        ]
+    assert list(zip(batch.rows_N.tolist(), batch.labels_N.tolist(), strict=True)) == expected
+    every = Samples(DataConfig(shards=str(sentences), task="clm"), "train", 0, shuffle=True)[np.arange(20)]
+    assert 0 < len(expected) < len(every.labels_N) / 2
+
+
+def test_a_depth_that_leaves_no_word_out_is_refused(sentences: Path) -> None:
+    with pytest.raises(ValueError, match="has 3 levels, so that depths up to 2 leave words out"):
+        Samples(DataConfig(shards=str(sentences), task="clm", span_depth=3), "train", 0, shuffle=True)
+
+
+def test_ordinary_text_has_no_spans_to_end(shards: Path) -> None:
+    with pytest.raises(ValueError, match="holds no parse spans"):
+        Samples(DataConfig(shards=str(shards), task="clm", span_depth=1), "train", 0, shuffle=True)
+
+
+def test_masked_models_have_no_span_depth() -> None:
+    with pytest.raises(ConfigError, match="data.span_depth=2 is read with data.task=clm only"):
+        load_config([], ["run_dir=r", "data.shards=s", "data.span_depth=2"])
+
+
+# ------------------------------------------------------------------------------------------------ arms
+
+
+@pytest.mark.parametrize("size", ["mini", "paper"])
+@pytest.mark.parametrize("task", ["mlm", "clm"])
+def test_the_arms_differ_in_teacher_objective_and_schedule_alone(size: str, task: str) -> None:
+    path = CONFIGS / f"pcfg_{size}_{task}_student.yaml"
+    students = arms(Path("t"), 8, Suggestion(100, 900, 0.1, ()), [50, 100, 500, 900])
+    configs = [
+        dict(
+            (k, v)
+            for k, _, v in fields_of(load_config([path], ["run_dir=r", "data.shards=s", *arm.settings]))
+        )
+        for arm in students.values()
+    ]
+    for key, value in configs[0].items():
+        same = all(config[key] == value for config in configs)
+        assert same or key.split(".")[0] in ("teacher", "schedule", "objective"), key
+    assert configs[-1]["schedule.checkpoints"] == [500, 900]  # after: half-way from the transition to the end
+
+
+def test_accuracy_at_a_share_is_that_of_the_last_validation_within_it(tmp_path: Path) -> None:
+    rows = [{"kind": "validation", "step": s, "accuracy": s / 1000} for s in (100, 200, 300, 400, 500, 600)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert accuracy_at(tmp_path, 1 / 3) == 0.2
+    assert accuracy_at(tmp_path, 0.1) == 0.1  # none within it: the first
+
+
+def test_the_difference_is_paired_by_seed() -> None:
+    found = {
+        "one_shot": [{"accuracy_third": a} for a in (0.60, 0.62, 0.61)],
+        "progressive": [{"accuracy_third": a} for a in (0.62, 0.63, 0.64)],
+    }
+    assert "+2.0, +1.0, +3.0 points of top-1, mean +2.00 ± 1.00, paired t = 3.46 (2 degrees" in difference(
+        found
+    )
+    assert difference({"one_shot": found["one_shot"]}) == ""
+
+
+# ------------------------------------------------------------------------------------------------ non-terminals
+
+
+def made_sentences(number: int, seed: int, *, telling: bool) -> Sentences:
+    """Hidden states [number, 12, 16] that tell the ancestors (levels 1 and 2) of their word, or are noise."""
+    draw = torch.Generator().manual_seed(seed)
+    ancestors = torch.randint(3, (number, 12, 2), generator=draw)
+    hidden = torch.randn(number, 12, 16, generator=draw)
+    if telling:
+        hidden[..., :6] = 4.0 * torch.nn.functional.one_hot(ancestors, 3).flatten(2)
+    is_word = torch.arange(12).expand(number, 12) < torch.randint(6, 13, (number, 1), generator=draw)
+    return Sentences(hidden, is_word, ancestors, torch.where(is_word, 2, 0))
+
+
+STUDY = NonterminalStudy(epochs=30, batch=32)
+
+
+def test_what_hidden_states_tell_is_found_and_noise_is_not() -> None:
+    for telling in (True, False):
+        probe = fit(made_sentences(256, 0, telling=telling), STUDY)
+        held_out = made_sentences(128, 1, telling=telling)
+        words = accuracies(probe, held_out, 32)["words"]
+        assert len(words) == len(majority(held_out)) == 2
+        if telling:
+            assert min(words) > 0.9
+        else:
+            assert max(words) < max(majority(held_out)) + 5 * 0.5 / float(held_out.is_word.sum()) ** 0.5
+
+
+def test_padding_is_neither_seen_nor_counted() -> None:
+    plain = made_sentences(64, 0, telling=True)
+    hidden, ancestors = plain.hidden.clone(), plain.ancestors.clone()
+    hidden[~plain.is_word], ancestors[~plain.is_word] = 99.0, 2
+    spoilt = Sentences(hidden, plain.is_word, ancestors, plain.heights)
+    probe = fit(plain, STUDY)
+    assert accuracies(probe, plain, 32) == accuracies(probe, spoilt, 32)
+    for one, other in zip(probe.parameters(), fit(spoilt, STUDY).parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+# ------------------------------------------------------------------------------------------------ the study
+
+SMALL = (
+    *("steps=20", "save.trajectory_every=5", "save.trajectory_first=0", "batch_size=8", "save.every=10"),
+    *("log.every=5", "log.eval_every=5", "log.eval_samples=16"),
+)
+
+
+def start_study(folder: Path) -> subprocess.Popen[str]:
+    options = ("--out", str(folder), "--seeds", "0", "--workers", "1", "--arms", "one_shot", "progressive")
+    command = [sys.executable, "-m", "distill.experiments.pcfg", *SMALL, "schedule.num_stages=4", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+@pytest.mark.slow
+def test_the_study_goes_from_sentences_to_table_and_pictures_over_a_sigterm(tmp_path: Path) -> None:
+    study = start_study(tmp_path)
+    try:
+        while not (tmp_path / "runs" / "one_shot_seed0" / "metrics.jsonl").exists():
+            assert study.poll() is None, study.communicate()
+            time.sleep(0.1)
+        study.send_signal(signal.SIGTERM)
+        study.communicate(timeout=120)
+        assert study.returncode == 143
+        again = start_study(tmp_path)
+        output, errors = again.communicate(timeout=300)
+        assert "| progressive |" in output and "progressive minus one-shot" in output, errors[-3000:]
+    finally:
+        study.kill()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["runs"]) == {"teacher", "one_shot", "progressive"}
+    assert [row["step"] for row in results["probes"]["rows"]] == [5, 10, 15, 20]
+    assert len(results["probes"]["nonterminals"]["majority"]) == load_grammar("cfg3b", 3).levels
+    for name in ("curves.png", "nonterminals.png", "probe/probe.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--grammar", "cfg9"], "invalid choice: 'cfg9'"),
+        (["--arms", "hrad"], "invalid choice: 'hrad'"),
+        (["--size", "huge"], "invalid choice: 'huge'"),
+    ],
+)
+def test_bad_choices_are_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from distill.experiments.pcfg import parse
+
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert message in capsys.readouterr().err

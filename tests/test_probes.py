@@ -1,0 +1,375 @@
+"""Probes of a teacher: exact answers on models whose habits are known, calibration, the phase transition."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import LENGTH, SIZES, TOKENIZER, VOCABULARY, Ended
+from torch import nn
+
+from data_prep.shards import write_shards
+from distill.__main__ import main
+from distill.config import DataConfig
+from distill.config_reader import load_config
+from distill.data import Samples
+from distill.models import Inputs, build_model, counted_rows
+from distill.probes.ngrams import choose_places, ngram_dependence
+from distill.probes.quality import BINS, bucket_names, chance, frequency_ranks, measure
+from distill.probes.transition import NoTransition, suggest_schedule
+
+SIZES_OF_NGRAMS = (2, 3, 5)
+
+
+class Habit(nn.Module):
+    """A masked model that repeats, with certainty, the word `offset` places further on; None: always word 9."""
+
+    def __init__(self, offset: int | None) -> None:
+        super().__init__()
+        self.config, self.offset = SimpleNamespace(model_type="habit"), offset
+        self.device = torch.device("cpu")
+        self.base_model = self._trunk
+
+    def _trunk(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+        seen = torch.full_like(input_ids, 9) if self.offset is None else input_ids.roll(-self.offset, 1)
+        return SimpleNamespace(last_hidden_state=50.0 * nn.functional.one_hot(seen, VOCABULARY).float())
+
+    def get_output_embeddings(self) -> nn.Module:
+        return nn.Identity()
+
+
+def samples_of(shards: Path, task: str = "mlm", **more: Any) -> Samples:
+    return Samples(DataConfig(shards=str(shards), task=task, **more), "validation", 0, shuffle=False)
+
+
+def medians(
+    model: Any, samples: Samples, sizes: tuple[int, ...] = SIZES_OF_NGRAMS, micro: int = 7
+) -> dict[str, float]:
+    places = choose_places(samples, 12, 3, sizes)
+    return {name: found[1] for name, found in ngram_dependence(model, samples, places, sizes, micro).items()}
+
+
+def test_a_model_that_repeats_its_left_neighbour_leans_on_every_ngram_and_needs_no_more(shards: Path) -> None:
+    found = medians(Habit(-1), samples_of(shards))
+    assert [found[f"robust_{n}"] for n in SIZES_OF_NGRAMS] == [1, 1, 1]
+    assert [found[f"close_{n}"] for n in SIZES_OF_NGRAMS] == [0, 0, 0]
+
+
+def test_a_model_that_repeats_its_right_neighbour_does_not_lean_on_the_bigram(shards: Path) -> None:
+    found = medians(Habit(1), samples_of(shards))
+    assert [found[f"robust_{n}"] for n in SIZES_OF_NGRAMS] == [0, 1, 1]
+    assert [found[f"close_{n}"] for n in SIZES_OF_NGRAMS] == [1, 0, 0]
+
+
+def test_a_model_that_looks_three_places_on_leans_on_no_5_gram(shards: Path) -> None:
+    found = medians(Habit(3), samples_of(shards))
+    assert found["robust_5"] == 0 and found["close_5"] == 1
+
+
+def test_a_model_that_looks_nowhere_depends_on_nothing(shards: Path) -> None:
+    assert set(medians(Habit(None), samples_of(shards)).values()) == {0}
+
+
+def test_total_variation_is_half_the_l1_norm(shards: Path) -> None:
+    """A model that gives word 9 probability 3/4 unless the left neighbour is hidden, then 1/4: distance 1/2."""
+    model = Habit(-1)
+
+    def trunk(input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+        hidden = input_ids.roll(1, 1) == TOKENIZER.mask_id
+        logits = torch.full((*input_ids.shape, VOCABULARY), -50.0)
+        logits[..., 8] = torch.where(hidden, math.log(3.0), 0.0)
+        logits[..., 9] = torch.where(hidden, 0.0, math.log(3.0))
+        return SimpleNamespace(last_hidden_state=logits)
+
+    model.base_model = trunk
+    assert medians(model, samples_of(shards), (2,))["robust_2"] == pytest.approx(0.5)
+
+
+def real_model(task: str, architecture: str) -> Any:
+    overrides = {
+        **SIZES[architecture],
+        "n_positions" if architecture == "gpt2" else "max_position_embeddings": LENGTH,
+    }
+    return build_model(
+        task, architecture, overrides, vocab_size=VOCABULARY, sequence_length=LENGTH, special_ids={}, seed=3
+    ).eval()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox"])
+def test_a_causal_models_m_close_is_that_of_the_words_alone(architecture: str, shards: Path) -> None:
+    model, samples, n = real_model("clm", architecture), samples_of(shards, "clm"), 3
+    places = choose_places(samples, 6, 2, (n,))
+    expected = []
+    for tokens, at in zip(places.tokens_KL, places.at_K, strict=True):
+        whole, alone = (
+            counted_rows(
+                model,
+                Inputs(torch.tensor(tokens[None, s:at]), None, torch.arange(s, at)[None]),
+                torch.tensor([at - s - 1]),
+            )
+            for s in (0, at - n + 1)
+        )
+        p, q = (r.head(r.hidden_ND).softmax(1) for r in (whole, alone))
+        expected.append(float((p - q).abs().sum().detach() / 2))
+    found = ngram_dependence(model, samples, places, (n,), 4)["close_3"]
+    assert found == pytest.approx(np.quantile(expected, [0.25, 0.5, 0.75]).tolist(), rel=1e-3)
+    assert min(found) > 0
+
+
+def test_a_causal_models_ngram_is_replaced_and_nothing_else(shards: Path) -> None:
+    """A model that repeats the word before the last depends on trigrams (two words), not on bigrams (one)."""
+    found = medians(Habit(-1), samples_of(shards, "clm"), (2, 3))
+    assert found["robust_2"] == 0 and found["robust_3"] == 1
+
+
+def test_answers_do_not_depend_on_the_micro_batch(shards: Path) -> None:
+    samples, model = samples_of(shards), real_model("mlm", "bert")
+    one, other = (medians(model, samples, micro=micro) for micro in (3, 36))
+    assert one == pytest.approx(other, abs=1e-7)  # what float32 makes of a sum over the vocabulary
+
+
+def test_places_stand_among_words_and_apart(shards: Path) -> None:
+    places = choose_places(samples_of(shards), 40, 4, (5,))
+    for tokens, at in zip(places.tokens_KL, places.at_K, strict=True):
+        assert (tokens[at - 2 : at + 3] > TOKENIZER.mask_id).all()
+    pairs = [(tokens.tobytes(), int(at)) for tokens, at in zip(places.tokens_KL, places.at_K, strict=True)]
+    assert len(set(pairs)) == len(pairs)
+
+
+def test_ngrams_longer_than_any_run_of_words_are_refused(shards: Path) -> None:
+    with pytest.raises(ValueError, match="no sequence has 61 words in a row"):
+        choose_places(samples_of(shards), 4, 1, (61,))
+
+
+# ------------------------------------------------------------------------------------------------ quality
+
+
+class Fixed(Habit):
+    """The same probabilities for every masked word."""
+
+    def __init__(self, probabilities: torch.Tensor) -> None:
+        super().__init__(None)
+        self.base_model = lambda input_ids, **_: SimpleNamespace(
+            last_hidden_state=probabilities.log().expand(*input_ids.shape, -1)
+        )
+
+
+def words_with(shares: dict[int, float], folder: Path) -> Path:
+    """Shards whose words come with these chances."""
+    rng = np.random.default_rng(0)
+    tokens = rng.choice(list(shares), (400, LENGTH), p=list(shares.values()))
+    write_shards(folder, {"train": tokens, "validation": tokens}, TOKENIZER, sequence_length=LENGTH)
+    return folder
+
+
+def test_log_loss_brier_and_calibration_are_their_definitions(tmp_path: Path) -> None:
+    shards = words_with({10: 0.7, 11: 0.2, 12: 0.1}, tmp_path / "s")
+    samples = samples_of(shards)
+    p = torch.full((VOCABULARY,), 1e-6, dtype=torch.float64)
+    p[10], p[11], p[12] = 0.9, 0.06, 0.04 - 125e-6
+    found = measure(Fixed(p), samples, frequency_ranks(samples.reader), 400, 64)  # type: ignore[arg-type]
+    labels = torch.cat([samples[np.arange(k, k + 50)].labels_N for k in range(0, 400, 50)])
+    assert found["num_rows"] == len(labels)
+    assert found["loss"] == pytest.approx(float(-p[labels].log().mean()), rel=1e-5)
+    hits = float((labels == 10).double().mean())
+    assert found["accuracy"] == pytest.approx(hits)
+    assert found["ece"] == pytest.approx(0.9 - hits, rel=1e-4)  # all confidences lie in one bin
+    brier = float(
+        (p.expand(len(labels), -1) - nn.functional.one_hot(labels, VOCABULARY)).square().sum(1).mean()
+    )
+    assert found["brier"] == pytest.approx(brier, rel=1e-5)
+    assert chance(samples, 400, 64) == pytest.approx(hits)
+
+
+def test_a_calibrated_model_has_a_small_calibration_error_and_the_least_log_loss(tmp_path: Path) -> None:
+    shares = {10: 0.7, 11: 0.2, 12: 0.1}
+    samples = samples_of(words_with(shares, tmp_path / "s"))
+    ranks = frequency_ranks(samples.reader)
+    p = torch.full((VOCABULARY,), 1e-9, dtype=torch.float64)
+    for word, share in shares.items():
+        p[word] = share
+    honest = measure(Fixed(p), samples, ranks, 400, 64)  # type: ignore[arg-type]
+    sure = measure(Fixed((p**3) / (p**3).sum()), samples, ranks, 400, 64)  # type: ignore[arg-type]
+    assert honest["ece"] < 4 * math.sqrt(0.21 / honest["num_rows"]) < sure["ece"]
+    assert honest["loss"] < sure["loss"] and honest["accuracy"] == sure["accuracy"]
+
+
+def test_buckets_weigh_up_to_the_whole_and_are_ranked_by_training_frequency(shards: Path) -> None:
+    samples = samples_of(shards)
+    ranks = frequency_ranks(Samples(samples.config, "train", 0, shuffle=False).reader)
+    assert sorted(ranks) == list(range(VOCABULARY))
+    found = measure(real_model("mlm", "bert"), samples, ranks, 40, 16)
+    names = bucket_names(VOCABULARY)
+    assert names == ["1-10", "11-100", "101-128"]
+    labels = samples[np.arange(40)].labels_N.numpy()
+    sizes = [
+        ((ranks[labels] >= low) & (ranks[labels] < high)).sum()
+        for low, high in ((0, 10), (10, 100), (100, 128))
+    ]
+    weighed = sum(n * found.get(f"loss_rank_{name}", 0.0) for n, name in zip(sizes, names, strict=True))
+    assert weighed / sum(sizes) == pytest.approx(found["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("size", "names"), [(8, ["1-8"]), (10, ["1-10"]), (11, ["1-10", "11-11"])])
+def test_small_vocabularies_have_buckets(size: int, names: list[str]) -> None:
+    assert bucket_names(size) == names
+
+
+def test_confidences_of_one_fall_into_the_last_bin(shards: Path) -> None:
+    samples = samples_of(shards)
+    found = measure(Habit(None), samples, frequency_ranks(samples.reader), 8, 8)  # type: ignore[arg-type]
+    assert BINS == 15 and found["ece"] == pytest.approx(1 - found["accuracy"])
+
+
+# ------------------------------------------------------------------------------------------------ transition
+
+STEPS = (25, 50, 100, 200, 400, 600, 800, 1000, 1500, 2000)
+LOSSES = (6.0, 5.6, 5.5, 5.5, 5.4, 5.0, 4.3, 3.9, 3.6, 3.5)
+TOP1 = (0.05, 0.05, 0.05, 0.05, 0.07, 0.1, 0.17, 0.21, 0.25, 0.27)
+
+
+def rows_of(
+    steps: Any = STEPS, losses: Any = LOSSES, top1: Any = TOP1, robust: Any = None
+) -> list[dict[str, Any]]:
+    rows = [
+        {"step": s, "loss": loss, "accuracy": a, "num_rows": 10_000.0}
+        for s, loss, a in zip(steps, losses, top1, strict=True)
+    ]
+    for row, value in zip(rows, robust or [], strict=False):
+        row["robust_3"] = [0.0, value, 1.0]
+    return rows
+
+
+def test_the_transition_is_found_and_the_steep_first_steps_are_passed_over() -> None:
+    found = suggest_schedule(rows_of(), chance=0.05)
+    assert (found.early, found.final) == (800, 2000)
+    assert "passed over as such: [25, 50, 100, 200]" in found.reasons[1]
+
+
+@pytest.mark.parametrize(
+    ("peak", "verdict"), [(600, "confirms"), (50, "does NOT confirm"), (2000, "neither confirms nor refutes")]
+)
+def test_the_ngram_probe_has_its_say(peak: int, verdict: str) -> None:
+    robust = [0.9 if step == peak else 0.1 for step in STEPS]
+    assert any(verdict in reason for reason in suggest_schedule(rows_of(robust=robust), chance=0.05).reasons)
+
+
+def test_the_suggestion_is_a_config_with_its_reasons(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.yaml"
+    path.write_text(suggest_schedule(rows_of(), chance=0.05).to_yaml())
+    config = load_config([path], ["run_dir=r", "data.shards=s", "teacher.trajectory=t"])
+    assert (config.schedule.kind, config.schedule.checkpoints) == ("two_shot", [800, 2000])
+    assert path.read_text().startswith("# step 800: the loss falls fastest there")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (rows_of(STEPS[:3], LOSSES[:3], TOP1[:3]), "at least 4 are needed"),
+        (rows_of(top1=[0.05] * 10), "this teacher has not learned yet"),
+        (rows_of(STEPS[5:], LOSSES[5:], TOP1[5:]), "the transition may lie before it"),
+        (rows_of(top1=[0.05] * 9 + [0.27]), "must leave more checkpoints while its loss falls"),
+    ],
+)
+def test_a_trajectory_without_a_usable_transition_is_told_what_to_do(
+    rows: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(NoTransition, match=message):
+        suggest_schedule(rows, chance=0.05)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+FEW = ("--ngrams", "2", "3", "--sequences", "8", "--places", "2")
+
+
+Ask = Callable[..., Ended]
+
+
+@pytest.fixture
+def probe(shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """`distill probe` with few questions, in this process; settings come before options."""
+
+    def asked(trajectory: Path, out: Path, *more: str) -> Ended:
+        settings = [f"data.shards={shards}", *(word for word in more if "=" in word)]
+        options = [*FEW, "--out", str(out), *(word for word in more if "=" not in word)]
+        monkeypatch.setattr(sys, "argv", ["distill", "probe", str(trajectory), *settings, *options])
+        code = main()
+        return Ended(code, "".join(capsys.readouterr()))
+
+    return asked
+
+
+def test_a_trajectory_is_probed_into_table_json_and_picture_and_its_losses_are_those_of_its_run(
+    teacher_run: Path, probe: Ask, tmp_path: Path
+) -> None:
+    trajectory, out = teacher_run / "trajectory", tmp_path / "out"
+    shown = probe(trajectory, out, "log.eval_samples=16").ok().output
+    found = json.loads((out / "probe.json").read_text())
+    assert [row["step"] for row in found["checkpoints"]] == [2, 4, 8, 16, 24]
+    manifest = json.loads((trajectory / "manifest.json").read_text())
+    recorded = {c["step"]: c["validation_loss"] for c in manifest["checkpoints"]}
+    assert {r["step"]: r["loss"] for r in found["checkpoints"]} == pytest.approx(recorded, rel=1e-5)
+    assert "| step | loss | top-1 | Brier | ECE | M_robust(2) | M_close(2) |" in shown
+    assert "| step | rank 1-10 | rank 11-100 | rank 101-128 |" in shown
+    assert (out / "probe.png").stat().st_size > 10_000
+
+
+def test_what_is_probed_is_kept_and_other_questions_are_refused(
+    teacher_run: Path, probe: Ask, tmp_path: Path
+) -> None:
+    trajectory, out = teacher_run / "trajectory", tmp_path / "out"
+    probe(trajectory, out, "--steps", "8").ok()
+    content = json.loads((out / "probe.json").read_text())
+    content["checkpoints"][0]["loss"] = 123.0  # so that we see whether it is asked again
+    (out / "probe.json").write_text(json.dumps(content))
+    again = probe(trajectory, out, "--steps", "8", "16").ok()
+    assert "| 8 | 123.0000 |" in again.output and "| 16 |" in again.output
+    other = probe(trajectory, out, "data.mask_rate=0.3")
+    assert other.code == 2 and "its mask_rate is 0.15, now 0.3" in other.output
+
+
+def test_a_trajectory_that_has_not_learned_gets_no_schedule(
+    teacher_run: Path, probe: Ask, tmp_path: Path
+) -> None:
+    ended = probe(teacher_run / "trajectory", tmp_path / "out", "--suggest-schedule")
+    assert ended.code == 2 and "this teacher has not learned yet" in ended.output
+    assert "| 24 |" in ended.output and not (tmp_path / "out" / "schedule.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--steps", "3"), "has no teacher step 3; it has [2, 4, 8, 16, 24]"),
+        (("data.task=clm",), "holds a bert, a model for mlm, not for clm"),
+        (("--ngrams", "1"), "--ngrams [1]: numbers of 2 or more expected"),
+        (("--places", "0"), "must be at least 1, got 8 and 0"),
+    ],
+)
+def test_bad_questions_are_told_what_to_change(
+    more: tuple[str, ...], message: str, teacher_run: Path, probe: Ask, tmp_path: Path
+) -> None:
+    ended = probe(teacher_run / "trajectory", tmp_path / "out", *more)
+    assert ended.code == 2 and message in ended.output
+
+
+def test_an_empty_trajectory_and_one_of_another_tokenizer_are_refused(
+    teacher_run: Path, probe: Ask, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    manifest = json.loads((teacher_run / "trajectory" / "manifest.json").read_text())
+    (empty / "manifest.json").write_text(json.dumps({**manifest, "checkpoints": []}))
+    ended = probe(empty, tmp_path / "out")
+    assert ended.code == 2 and "has no checkpoint after step 0" in ended.output
+    (empty / "manifest.json").write_text(json.dumps({**manifest, "tokenizer_sha256": "6" * 64}))
+    ended = probe(empty, tmp_path / "out")
+    assert ended.code == 2 and "the teacher was trained with tokenizer 666666666666" in ended.output
