@@ -35,8 +35,8 @@ def reference_divergence(
     if weights_N is not None:
         loss_N = torch.where(weights_N == 0, 0.0, weights_N * loss_N)
     terms_N = (loss_N, soft_N.detach(), soft_ce_N.detach(), hard_N.detach())
-    sums = [_sum(each, counted_N).to(student.dtype) for each in terms_N]
-    return Divergence(*sums, *_counts(student, labels_N, counted_N))
+    loss, soft, soft_ce, hard = (_sum(each, counted_N).to(student.dtype) for each in terms_N)
+    return Divergence(loss, soft, soft_ce, hard, *_counts(student, labels_N, counted_N))
 
 
 def reference_value_and_grad(
