@@ -27,6 +27,7 @@ struct Avx2 {
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F div(F a, F b) { return _mm256_div_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F fused_sub(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
   // Rounded once; the float nearest to ln 2 is off by 2e-9 only.
   static F minus_n_ln2(F x, F n) { return fma(n, set(-0.693147182f), x); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }

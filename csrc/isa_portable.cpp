@@ -52,6 +52,12 @@ struct Portable {
   static F fma(const F& a, const F& b, const F& c) {
     return each([&](int64_t i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
   }
+  // a * b - c, rounded once.
+  static F fused_sub(const F& a, const F& b, const F& c) {
+    return each([&](int64_t i) {
+      return static_cast<float>(static_cast<double>(a.lane[i]) * b.lane[i] - c.lane[i]);
+    });
+  }
   static F minus_n_ln2(const F& x, const F& n) {
     return fma(n, set(2.12194440e-4f), fma(n, set(-0.693359375f), x));
   }

@@ -15,9 +15,9 @@ constexpr float kLowest = -87.0f;  // e^x counts as 0 from just below here, wher
 constexpr int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 constexpr int64_t size_of(Dtype dtype) { return dtype == kFloat ? 4 : 2; }
 
-// How logits become x, the argument of exp: (logit - shift) * scale.
-struct Shift {
-  float shift, scale;
+// How logits become x, the argument of exp: logit * scale - reference, rounded once.
+struct Argument {
+  float scale, reference;
 };
 
 // A block of logits, and where in memory the one after it lies: that is fetched while this one is worked on.
@@ -51,10 +51,10 @@ struct Loops {
   void (*narrow[kNumDtypes])(const float* x, int64_t n, void* out);
   bool (*has_nan)(const float* x, int64_t n);
   // e = exp of x; returns their sum. May be done in place.
-  float (*exps)(const Block& block, Shift shift, float* e);
-  PairSums (*pair)(const Block& s, const Block& t, Shift s_shift, Shift t_shift, float* e_s, float* e_t);
+  float (*exps)(const Block& block, Argument argument, float* e);
+  PairSums (*pair)(const Block& s, const Block& t, Argument of_s, Argument of_t, float* e_s, float* e_t);
   // As `pair`, but leaves x_s - x_t - center in `ratio`, in place of e_t, and sums that.
-  PairSums (*pair_reverse)(const Block& s, const Block& t, Shift s_shift, Shift t_shift, float center, float* e_s,
+  PairSums (*pair_reverse)(const Block& s, const Block& t, Argument of_s, Argument of_t, float center, float* e_s,
                            float* ratio);
   // With p = a e_s, q = b e_t, m = beta q + (1 - beta) p. Leaves v = log(p / m) in e_t and returns the sums of
   // q log(q / m) and p v.

@@ -47,7 +47,9 @@ struct LoopsOf {
   using F = typename S::F;
   static constexpr int64_t W = S::kWidth;
 
-  static F argument(F x, Shift shift) { return S::mul(S::sub(x, S::set(shift.shift)), S::set(shift.scale)); }
+  static F x_of(const float* logits, Argument argument) {
+    return S::fused_sub(S::load(logits), S::set(argument.scale), S::set(argument.reference));
+  }
 
   static float maximum(const float* x, int64_t n) {
     F most = S::set(-kInfinity);
@@ -99,13 +101,13 @@ struct LoopsOf {
     return S::sum(sum) != 0;
   }
 
-  static float exps(const Block& block, Shift shift, float* e) {
+  static float exps(const Block& block, Argument argument, float* e) {
     constexpr int K = kLanes / W;
     F sum = S::set(0);
     for (int64_t i = 0; i < block.n; i += K * W) {
       S::fetch(block.next + i * block.next_size);
       F x[K];
-      for (int k = 0; k < K; ++k) x[k] = argument(S::load(block.x + i + k * W), shift);
+      for (int k = 0; k < K; ++k) x[k] = x_of(block.x + i + k * W, argument);
       exp_negative<S>(x);
       for (int k = 0; k < K; ++k) {
         S::store(e + i + k * W, x[k]);
@@ -115,17 +117,17 @@ struct LoopsOf {
     return S::sum(sum);
   }
 
-  static PairSums pair(const Block& s, const Block& t, Shift s_shift, Shift t_shift, float* e_s, float* e_t) {
-    return pair_of<false>(s, t, s_shift, t_shift, 0, e_s, e_t);
+  static PairSums pair(const Block& s, const Block& t, Argument of_s, Argument of_t, float* e_s, float* e_t) {
+    return pair_of<false>(s, t, of_s, of_t, 0, e_s, e_t);
   }
 
-  static PairSums pair_reverse(const Block& s, const Block& t, Shift s_shift, Shift t_shift, float center, float* e_s,
+  static PairSums pair_reverse(const Block& s, const Block& t, Argument of_s, Argument of_t, float center, float* e_s,
                                float* ratio) {
-    return pair_of<true>(s, t, s_shift, t_shift, center, e_s, ratio);
+    return pair_of<true>(s, t, of_s, of_t, center, e_s, ratio);
   }
 
   template <bool reverse>
-  static PairSums pair_of(const Block& s, const Block& t, Shift s_shift, Shift t_shift, float center, float* e_s,
+  static PairSums pair_of(const Block& s, const Block& t, Argument of_s, Argument of_t, float center, float* e_s,
                           float* other) {
     constexpr int K = kLanes / W;  // vectors of each model at a time
     F student = S::set(0), teacher = S::set(0), log_ratio = S::set(0), cross = S::set(0);
@@ -134,8 +136,8 @@ struct LoopsOf {
       S::fetch(t.next + i * t.next_size);
       F x[2 * K], e[2 * K];
       for (int k = 0; k < K; ++k) {
-        e[k] = x[k] = argument(S::load(s.x + i + k * W), s_shift);
-        e[K + k] = x[K + k] = argument(S::load(t.x + i + k * W), t_shift);
+        e[k] = x[k] = x_of(s.x + i + k * W, of_s);
+        e[K + k] = x[K + k] = x_of(t.x + i + k * W, of_t);
       }
       exp_negative<S>(e);
       for (int k = 0; k < K; ++k) {

@@ -65,18 +65,18 @@ void RowKernel::sweep_student(const Row& row) {
   for (int64_t block = 0; block < num_blocks_; ++block) {
     const Block s = read(row.student, block, student_buffer_);
     student_.raise(block, s.max);
-    student_.sum += loops_.exps(s, student_.shift(), student_.exps + block * kBlock);
+    student_.sum += loops_.exps(s, student_.argument(), student_.exps + block * kBlock);
     sweep_hard(s, block);
   }
   student_.finish();
-  softmaxes_.hard.finish();
+  if (is_hard_apart_) softmaxes_.hard.finish();
 }
 
 void RowKernel::sweep_hard(const Block& s, int64_t block) {
   if (!is_hard_apart_) return;
   Softmax& hard = softmaxes_.hard;
   hard.raise(block, s.max);
-  hard.sum += loops_.exps(s, hard.shift(), hard.exps + block * kBlock);
+  hard.sum += loops_.exps(s, hard.argument(), hard.exps + block * kBlock);
 }
 
 RowKernel::Moments RowKernel::sweep_both(const Row& row) {
@@ -90,7 +90,7 @@ RowKernel::Moments RowKernel::sweep_both(const Row& row) {
   }
   student_.finish();
   teacher_.finish();
-  softmaxes_.hard.finish();
+  if (is_hard_apart_) softmaxes_.hard.finish();
   return moments;
 }
 
@@ -109,10 +109,10 @@ RowKernel::Moments RowKernel::sweep_pair(const Block& s, const Block& t, int64_t
     const double rise = t_rise - s_rise;
     const size_t i = static_cast<size_t>(block);
     centers_[i] = block == 0 ? center(s, t) : static_cast<float>(centers_[i - 1] + rise);
-    sums = loops_.pair_reverse(s, t, student_.shift(), teacher_.shift(), centers_[i], e_s, e_t);
+    sums = loops_.pair_reverse(s, t, student_.argument(), teacher_.argument(), centers_[i], e_s, e_t);
     moments.log_ratio += static_cast<double>(sums.student) * centers_[i];
   } else {
-    sums = loops_.pair(s, t, student_.shift(), teacher_.shift(), e_s, e_t);
+    sums = loops_.pair(s, t, student_.argument(), teacher_.argument(), e_s, e_t);
   }
   student_.sum += sums.student;
   teacher_.sum += sums.teacher;
@@ -124,8 +124,8 @@ RowKernel::Moments RowKernel::sweep_pair(const Block& s, const Block& t, int64_t
 float RowKernel::center(const Block& s, const Block& t) const {
   int64_t i = 0;
   while (i + 1 < s.n && s.x[i] != s.max) ++i;
-  const Shift s_shift = student_.shift(), t_shift = teacher_.shift();
-  const float ratio = (s.x[i] - s_shift.shift) * s_shift.scale - (t.x[i] - t_shift.shift) * t_shift.scale;
+  const Argument of_s = student_.argument(), of_t = teacher_.argument();
+  const float ratio = (s.x[i] * of_s.scale - of_s.reference) - (t.x[i] * of_t.scale - of_t.reference);
   return std::isfinite(ratio) ? ratio : 0;
 }
 
@@ -243,7 +243,7 @@ void RowKernel::sweep_others(const Row& row) {
     float* x = teacher_.exps + start;
     const Block others{x, n, loops_.maximum(x, n), nullptr, 0};
     teacher_.raise(block, others.max);
-    teacher_.sum += loops_.exps(others, teacher_.shift(), x);
+    teacher_.sum += loops_.exps(others, teacher_.argument(), x);
   }
   teacher_.finish();
 }

@@ -13,27 +13,29 @@ constexpr double kNoLogit = -std::numeric_limits<double>::infinity();
 
 class Softmax {
  public:
-  float* exps = nullptr;  // of the columns: exp((logit - largest so far) / T); a scratch row of the owner
-  double sum = 0;         // of the exps so far, against the largest logit so far
+  float* exps = nullptr;  // of the columns: exp(logit / T - reference so far); a scratch row of the owner
+  double sum = 0;         // of the exps so far, against the reference so far
 
   void start(int64_t num_blocks, double temperature) {
     sum = 0;
-    max_ = kNoLogit;
-    scale_ = 1 / temperature;
+    max_ = reference_ = kNoLogit;
+    scale_ = static_cast<float>(1 / temperature);
     best_block_ = 0;
     references_.assign(static_cast<size_t>(num_blocks), kNoLogit);
   }
 
-  // Takes over the largest logit of a block. Returns by how much the reference rose, in units of the exponent.
-  double raise(int64_t block, double block_max) {
+  // Takes over the largest logit of a block. Returns by how much the reference rose.
+  double raise(int64_t block, float block_max) {
     double rise = 0;
     if (block_max > max_) {
-      if (max_ > kNoLogit) rise = (block_max - max_) * scale_;
-      sum *= decay(rise);
       max_ = block_max;
       best_block_ = block;
+      const double reference = static_cast<float>(max_ * scale_);
+      if (reference_ > kNoLogit) rise = reference - reference_;
+      reference_ = reference;
+      sum *= decay(rise);
     }
-    references_[static_cast<size_t>(block)] = max_;
+    references_[static_cast<size_t>(block)] = reference_;
     return rise;
   }
 
@@ -44,31 +46,34 @@ class Softmax {
     factors_.resize(references_.size());
     for (size_t i = 0; i < references_.size(); ++i) {
       const bool is_same = i > 0 && references_[i] == references_[i - 1];
-      factors_[i] = is_same ? factors_[i - 1] : std::exp((references_[i] - max_) * scale_) / sum;
+      factors_[i] = is_same ? factors_[i - 1] : std::exp(references_[i] - reference_) / sum;
     }
   }
 
   // What the next exps are made with. While there was nothing but -inf, any reference will do.
-  Shift shift() const { return {static_cast<float>(max_ > kNoLogit ? max_ : 0), static_cast<float>(scale_)}; }
+  Argument argument() const { return {scale_, static_cast<float>(reference_ > kNoLogit ? reference_ : 0)}; }
   // What a weighted term is multiplied by when its reference rises; 0 where exps are.
   static double decay(double rise) { return rise > -kLowest ? 0 : std::exp(-rise); }
 
-  double max() const { return max_; }
-  int64_t best_block() const { return best_block_; }  // the first with the largest logit
+  float max() const { return static_cast<float>(max_); }  // the largest logit
+  int64_t best_block() const { return best_block_; }      // the first that holds it
   double log_sum() const { return log_sum_; }
-  double log_normaliser() const { return max_ * scale_ + log_sum_; }  // log of the sum of exp(logit / T)
-  double log_prob(float logit) const { return (logit - max_) * scale_ - log_sum_; }
+  double log_normaliser() const { return reference_ + log_sum_; }  // log of the sum of exp(logit / T)
+  double log_prob(float logit) const { return static_cast<double>(logit) * scale_ - log_normaliser(); }
 
-  // From the exps of a block to probabilities, and from (logit - reference) / T to log probabilities.
+  // From the exps of a block to probabilities, and from logit / T - reference to log probabilities.
   double factor(int64_t block) const { return factors_[static_cast<size_t>(block)]; }
   double log_factor(int64_t block) const {
     const double reference = references_[static_cast<size_t>(block)];
-    return (reference > kNoLogit ? (reference - max_) * scale_ : 0) - log_sum_;
+    return (reference > kNoLogit ? reference - reference_ : 0) - log_sum_;
   }
 
  private:
   std::vector<double> references_, factors_;  // of each block
-  double max_ = kNoLogit, scale_ = 1, log_sum_ = 0;
+  double max_ = kNoLogit;
+  double reference_ = kNoLogit;  // of the exps: the largest logit / T, as a float
+  float scale_ = 1;              // 1 / T
+  double log_sum_ = 0;
   int64_t best_block_ = 0;
 };
 

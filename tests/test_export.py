@@ -67,7 +67,8 @@ def run(arguments: list[str], folder: Path, kill: Kill | None = None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "dtype"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]
+    ("zero_stage", "dtype"),
+    [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")],
 )
 def test_export_of_a_run_that_is_under_way_is_its_newest_checkpoint(
     zero_stage: int, dtype: str, shards: Path, tmp_path: Path

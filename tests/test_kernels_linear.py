@@ -371,6 +371,21 @@ def test_backward_runs_once_and_says_so() -> None:
         loss.backward()
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, about itself where one graph ends and the next begins
+def test_compiled_code_around_it_gives_the_same() -> None:
+    case = Case(dtype=torch.float32)
+
+    def scaled(student: Tensor) -> Tensor:
+        return (
+            2 * linear_divergence(2 * student, case.head, case.teacher, case.teacher_head, vocab_size=V).loss
+        )
+
+    expected, found = scaled(case.student), torch.compile(scaled, backend="eager")(case.student)
+    gradients = (torch.autograd.grad(loss, case.inputs()) for loss in (expected, found))
+    assert found == expected
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def with_head(**changes: Any) -> Case:
     case = Case()
     case.head = case.head._replace(**changes)

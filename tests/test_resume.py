@@ -138,8 +138,8 @@ def test_run_killed_three_times_the_third_while_it_resumes_ends_the_same(
     assert_same_run(tmp_path / "run", undisturbed_student)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_resume_is_exact_in_zero_stage_0_and_2_too(stage: int, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_resume_is_exact_in_zero_stage_0_2_and_3_too(stage: int, shards: Path, tmp_path: Path) -> None:
     for name in ("calm", "run"):
         arguments = [
             "train",

@@ -32,6 +32,7 @@ class Job:
     targets: SparseTargets | None = None  # with gold merged
 
 
+@torch.compiler.disable  # reuses its memory, which a graph would plan itself
 def chunked(hidden_ND: Tensor, head: Head, job: Job) -> Divergence:
     """Sums over all rows; `loss` is differentiable in hidden states, weight and bias."""
     inputs = (hidden_ND, head.weight_VD, head.bias_V)

@@ -51,8 +51,8 @@ def linear_divergence(
     float64); backward multiplies them by the loss's gradient, once, and a GPU is never waited for.
     chunk_rows: rows whose logits exist at once; None: 4096 on a GPU, 512 on CPU, fewer where both chunks would pass
     1 GiB. Memory beyond the gradients: a chunk of logits each, one more for a softcap of the student; on a CPU
-    without 16-bit matrix products also float32 copies of 16-bit heads. All else, and what is raised, as in
-    `divergence`.
+    without 16-bit matrix products also float32 copies of 16-bit heads. Under torch.compile it runs eagerly, between
+    two graphs. All else, and what is raised, as in `divergence`.
     """
     classes = None if teacher_head is None else teacher_head.weight_VD.shape[0]
     terms = resolve_terms(
