@@ -157,7 +157,7 @@ def measure_fetch(server: Seaweed, folder: Path, megabytes: int, repeats: int) -
         )
         best(fetch_only, seconds["fetch"], cpu["fetch"])
         cache = Cache(folder / f"cache{repeat}", 100 * 10**9)
-        fetcher = Fetcher(there, nodes, cache)
+        fetcher = Fetcher(there, nodes, cache, in_place=False)
 
         def verified(fetcher: Fetcher = fetcher) -> None:
             with fetcher.at_hand(1):
