@@ -53,7 +53,10 @@ class Teacher:
     def _build(self, step: int) -> CheckpointStream:
         """Make the model that this checkpoint's config describes, and the stream of weights into it."""
         with self._fetcher.at_hand(step) as folder:
-            self.model = model = self._empty_model(folder)
+            try:
+                self.model = model = self._empty_model(folder)
+            except ValueError as error:
+                raise BadTrajectory(f"teacher step {step}: {error}") from error
             if model.config.vocab_size != self.manifest.vocab_size:
                 raise BadTrajectory(
                     f"teacher step {step}: {folder} has {model.config.vocab_size} logits, the manifest says "

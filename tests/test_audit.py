@@ -78,14 +78,13 @@ def test_healthy_trajectory_of_every_family_passes(
 def test_path_of_a_real_run_is_far_from_the_limits(runs: Runs, tmp_path: Path) -> None:
     """What the limits stand on: a run's own checkpoints make detours of about 1."""
     from distill.trajectory.audit.headers import read_headers, usual_layout
-    from distill.trajectory.audit.neighbours import END_LIMIT, LIMIT, START_LIMIT
-    from distill.trajectory.audit.neighbours import Path as Steps
+    from distill.trajectory.audit.neighbours import END_LIMIT, LIMIT, START_LIMIT, Track
     from distill.trajectory.audit.samples import choose_tensors, read_samples
 
     manifest = index_trajectory(copy_as(runs.get() / "whole", tmp_path / "trajectory", "pythia"))
     headers = read_headers(manifest)
     names = choose_tensors(usual_layout(headers))
-    path = Steps(read_samples(manifest, headers, names), names)
+    path = Track(read_samples(manifest, headers, names), names)
     triples = zip(STEPS, STEPS[1:], STEPS[2:], strict=False)
     assert max(path.detour(*triple) for triple in triples) < LIMIT / 2
     assert path.end_detour(*STEPS[:3]) < START_LIMIT / 4
@@ -138,11 +137,17 @@ def final_weights_at_many(folder: Path, _: Path) -> None:
         replace_weights(folder / f"step{step}", folder / "step64")
 
 
+def same_weights_everywhere(folder: Path, _: Path) -> None:
+    for step in STEPS[1:]:
+        replace_weights(folder / f"step{step}", folder / "step1")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path, Path], Any], dict[int, set[str]]]] = {
     "final weights under an early step": (swap_in(8, 64), {8: {"duplicate"}}),
     "early weights under the final step": (swap_in(64, 8), {64: {"duplicate"}}),
     "neighbours that can't be told apart": (swap_in(32, 40), {32: {"duplicate"}, 40: {"duplicate"}}),
     "final weights under many steps": (final_weights_at_many, {s: {"duplicate"} for s in ALL_FINAL}),
+    "one checkpoint under all names": (same_weights_everywhere, {s: {"duplicate"} for s in STEPS}),
     "weights of another run": (of_another_run(32), {32: {"jump"}}),
     "several in a row of another run": (of_another_run(24, 32, 40), {s: {"jump"} for s in (24, 32, 40)}),
     "a first checkpoint of another run": (of_another_run(1), {1: {"jump"}}),

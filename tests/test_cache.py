@@ -132,13 +132,13 @@ def test_entry_read_by_one_process_can_be_read_by_another(tmp_path: Path) -> Non
 def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path: Path) -> None:
     writes = "held = cache.begin('a', 1, []); (held.folder / 'w').write_bytes(b'1')"
     with other_process(tmp_path, writes) as process:
-        Cache(tmp_path, SIZE)
-        assert len(entries(tmp_path)) == 1  # it is at work
+        fill(Cache(tmp_path, 10 * SIZE), "b")
+        assert len(entries(tmp_path)) == 2  # it is at work
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert len(entries(tmp_path)) == 1
-        Cache(tmp_path, SIZE)
-        assert entries(tmp_path) == []
+        assert len(entries(tmp_path)) == 2
+        fill(Cache(tmp_path, 10 * SIZE), "c")
+        assert entries(tmp_path) == ["b", "c"]
 
 
 def test_of_two_processes_that_fetch_the_same_the_second_takes_the_first_ones(tmp_path: Path) -> None:

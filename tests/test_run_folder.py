@@ -70,14 +70,16 @@ def test_folder_is_bound_by_stored_settings_and_each_difference_is_named(tmp_pat
 
 
 def test_layout_speed_and_logging_may_change(tmp_path: Path) -> None:
-    with claim(config(Path("shards"), tmp_path / "run"), True) as folder:
-        store_settings(folder, config(Path("shards"), tmp_path / "run"), None, None)
+    leaves: dict[str, Any] = {"save__trajectory_every": 8}
+    with claim(config(Path("shards"), tmp_path / "run", **leaves), True) as folder:
+        store_settings(folder, config(Path("shards"), tmp_path / "run", **leaves), None, None)
     changes: dict[str, Any] = {"micro_batch_size": 2, "data__num_workers": 1, "objective__chunk_rows": 7}
     changes |= {"objective__kernel": "reference", "save__every": 1, "save__keep": 9, "log__every": 1}
-    changes |= {"log__eval_every": 1}
+    changes |= {"log__eval_every": 1, "save__trajectory_to": "s3://bucket/teacher"}
+    changes |= {"teacher__cache": "/cache", "teacher__cache_gb": 9.0, "teacher__zero_stage": 3}
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "run", moved)
-    with claim(config(Path("elsewhere"), moved, **changes), True):
+    with claim(config(Path("elsewhere"), moved, **leaves, **changes), True):
         pass
     assert {key.replace("__", ".") for key in changes} | {
         "run_dir",

@@ -277,7 +277,7 @@ def test_local_trajectory_is_read_where_it_lies(
 
 def fetcher_of(where: str | Manifest, cache: Path, budget: int = 0) -> Fetcher:
     manifest = load_manifest(where) if isinstance(where, str) else where
-    return Fetcher(manifest, Nodes(start(), "here"), Cache(cache, budget))
+    return Fetcher(manifest, Nodes(start(), "here"), Cache(cache, budget), in_place=False)
 
 
 def entry(cache: Path) -> Path:

@@ -41,11 +41,13 @@ class Cache:
     """Entries under `folder`, one a key, of at most `budget` bytes together; 0: half of what is free there."""
 
     def __init__(self, folder: Path, budget: int = 0) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._clear_half_written()
-        used = sum(map(_size, self._folders()))
-        self.budget = budget or (shutil.disk_usage(folder).free + used) // 2
+        self.folder, self._budget = folder, budget
+
+    @property
+    def budget(self) -> int:
+        if self._budget:
+            return self._budget
+        return (shutil.disk_usage(self.folder).free + sum(map(_size, self._folders()))) // 2
 
     def hold(self, key: str) -> Held | None:
         """The entry, kept until released; None if it isn't there."""
@@ -62,6 +64,7 @@ class Cache:
         Raises:
             OSError: no room, the disk's or the budget's.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._make_room(num_bytes, upcoming)
         return self._new(self.folder / f".{key}.{socket.gethostname()}.{os.getpid()}.tmp")
 
@@ -94,7 +97,8 @@ class Cache:
         """Remove what this run needs last, or never, and of that what was used longest ago."""
         self._clear_half_written()
         sizes = {folder.name: _size(folder) for folder in self._folders()}
-        free = self.budget - sum(sizes.values())
+        budget = self.budget
+        free = budget - sum(sizes.values())
         entries = [name for name in sizes if not name.startswith(".")]
         for key in sorted(entries, key=lambda name: self._worth(name, upcoming)):
             if free >= num_bytes:
@@ -103,7 +107,7 @@ class Cache:
                 free += sizes[key]
         if free < num_bytes:
             raise OSError(
-                f"{self.folder}: a teacher of {num_bytes / 1e9:,.3f} GB does not fit a budget of {self.budget / 1e9:,.3f} GB, "
+                f"{self.folder}: a teacher of {num_bytes / 1e9:,.3f} GB does not fit a budget of {budget / 1e9:,.3f} GB, "
                 f"of which {max(free, 0) / 1e9:,.3f} GB are free: raise teacher.cache_gb or give another teacher.cache"
             )
 

@@ -34,9 +34,9 @@ T = TypeVar("T")
 class Fetcher:
     """Has the checkpoints of a trajectory at hand on this node, one at a time. Its calls are collective."""
 
-    def __init__(self, manifest: Manifest, nodes: Nodes, cache: Cache | None) -> None:
-        """cache: None for a trajectory in a local folder that is read where it lies."""
-        self.manifest, self.nodes, self.cache = manifest, nodes, cache
+    def __init__(self, manifest: Manifest, nodes: Nodes, cache: Cache, in_place: bool) -> None:
+        """in_place: files in a local folder are read where they lie."""
+        self.manifest, self.nodes, self.cache, self.in_place = manifest, nodes, cache, in_place
         self.stopping = threading.Event()  # makes a fetch under way raise Cancelled
         self._verified: set[str] = set()
 
@@ -55,11 +55,10 @@ class Fetcher:
                 f"{self.manifest.url} has no teacher step {step}; it has {list(self.manifest.checkpoints)}"
             )
         store, key = self.manifest.files_of(step), self._key(step)
-        if self.cache is None and isinstance(store, Disk):
+        if self.in_place and isinstance(store, Disk):
             self._on_leaders(lambda: self._verify(step, store.folder, key))
             yield store.folder
             return
-        assert self.cache is not None, "a remote trajectory needs a cache"
         held = self._on_leaders(lambda: self._held(step, store, key, [self._key(s) for s in upcoming]))
         try:
             yield self.cache.folder / key
@@ -96,7 +95,6 @@ class Fetcher:
     def _held(self, step: int, store: Store, key: str, upcoming: Sequence[str]) -> Held:
         """The cache entry, fetched if any node lacks it. All leaders."""
         leaders, cache, checkpoint = self.nodes.leaders, self.cache, self.manifest.checkpoints[step]
-        assert cache is not None
         held = leaders.together(lambda: self._intact(step, key))
         sources = [i for i, has in enumerate(leaders.gather(held is not None)) if has]
         if held and len(sources) == len(leaders.ranks):
@@ -119,7 +117,6 @@ class Fetcher:
         return held or cache.publish(folder, key)
 
     def _intact(self, step: int, key: str) -> Held | None:
-        assert self.cache is not None
         held = self.cache.hold(key)
         if held is None:
             return None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_prep.progress import progress
 from distill.files import write_text
-from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, load_manifest
+from distill.trajectory.manifest import NAME, BadTrajectory, Checkpoint, Manifest, load_manifest
 from distill.trajectory.store import Store, StoreError, open_store
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,12 @@ class Publisher:
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
         if store:
+            for name in (
+                c.location.rpartition("/")[2] for c in own.checkpoints.values() if "://" in c.location
+            ):
+                shutil.rmtree(
+                    self.folder / name, ignore_errors=True
+                )  # it had arrived when the run was killed
             self._thread.start()
             self._wake.set()
 
@@ -65,7 +71,8 @@ class Publisher:
         """Checkpoints that have not arrived, oldest first."""
         if self.published is None:
             return []
-        return [c for c in self.own.checkpoints.values() if "://" not in c.location]
+        with self._lock:
+            return [c for c in self.own.checkpoints.values() if "://" not in c.location]
 
     def _work(self) -> None:
         while not self._closing.is_set():
@@ -100,12 +107,9 @@ class Publisher:
 
 def _published(own: Manifest, store: Store) -> Manifest:
     """The manifest in `store`, new or as an earlier start of this run left it."""
-    try:
-        there = load_manifest(store)
-    except BadTrajectory as error:
-        if "does not exist" not in str(error):
-            raise
+    if _etag(store, NAME) is None:
         return dataclasses.replace(own, store=store, complete=False, checkpoints={})
+    there = load_manifest(store)
     for step, checkpoint in there.checkpoints.items():
         if step not in own.checkpoints or own.checkpoints[step].files != checkpoint.files:
             raise BadTrajectory(
@@ -138,6 +142,7 @@ def upload(manifest: Manifest, checkpoint: Checkpoint, source: Path, journal: Pa
 
 
 def _etag(store: Store, name: str) -> str | None:
+    """Of a file in the store; None if it isn't there."""
     try:
         return store.head(name).etag
     except StoreError as error:

@@ -14,7 +14,6 @@ from data_prep.files import read_json
 from distill.config import TeacherConfig
 from distill.distributed import World
 from distill.trajectory.cache import Cache
-from distill.trajectory.disk import Disk
 from distill.trajectory.fetch import Fetcher
 from distill.trajectory.manifest import BadTrajectory, Manifest
 from distill.trajectory.nodes import Nodes
@@ -26,15 +25,12 @@ SAVED_BY = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "ar
 
 def make_fetcher(manifest: Manifest, config: TeacherConfig, world: World) -> Fetcher:
     """The fetcher of a run: a local trajectory is read where it lies, unless `config.cache` is set. Collective."""
-    is_remote = not isinstance(manifest.store, Disk) or any(
-        not isinstance(manifest.files_of(step), Disk) for step in manifest.checkpoints
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "distill"
+    folder = Path(os.path.expandvars(config.cache or default)).expanduser()
+    cache = Cache(folder, int(config.cache_gb * 1e9))
+    return Fetcher(
+        manifest, Nodes(world, f"{socket.gethostname()} {folder}"), cache, in_place=not config.cache
     )
-    folder = None
-    if config.cache or is_remote:
-        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "distill"
-        folder = Path(os.path.expandvars(config.cache or default)).expanduser()
-    nodes = Nodes(world, f"{socket.gethostname()} {folder or manifest.url}")
-    return Fetcher(manifest, nodes, Cache(folder, int(config.cache_gb * 1e9)) if folder else None)
 
 
 class CheckpointStream:

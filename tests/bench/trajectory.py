@@ -5,9 +5,10 @@
 A real S3 server on loopback shares the machine with its client. `fetch`: files of a checkpoint (4 shards of bf16
 tensors) to torch tensors over the node's cache, next to 8 MiB `get_range_async` straight into tensors that are
 allocated already, interleaved, best of the repeats; `verified` has SHA-256 of every byte in it, which the client does
-not compute, and `staged` the copy into the teacher's own memory. `swap`: a student of a prefetched trajectory of nine
-stages. `nodes`: bytes that leave storage when four ranks, each with a disk of its own, start from one checkpoint.
-`audit`: see trajectory_audit.py; --audit-steps 0 leaves it out.
+not compute, and `staged` the copy into the teacher's own memory. CPU seconds are this process's, for a machine on
+which others work. `swap`: a student of a prefetched trajectory of nine stages. `nodes`: bytes that leave storage when
+four ranks, each with a disk of its own, start from one checkpoint. `audit`: see trajectory_audit.py; --audit-steps 0
+leaves it out.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ from distill.trajectory.tensors import TensorInfo, read_header, view_of  # noqa:
 CHUNK, WORKERS, SHARDS = 8 << 20, 16, 4
 
 
-def best(work: Callable[[], Any], seconds: list[float]) -> None:
-    begin = time.perf_counter()
+def best(work: Callable[[], Any], seconds: list[float], cpu: list[float]) -> None:
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     work()
     seconds.append(time.perf_counter() - begin)
+    cpu.append(time.process_time() - begin_cpu)
 
 
 def extra_memory_mb(work: Callable[[], Any]) -> float:
@@ -132,6 +134,7 @@ def measure_fetch(server: Seaweed, folder: Path, megabytes: int, repeats: int) -
     }
     into = {t: torch.zeros(i.shape, dtype=i.dtype) for infos in layout.values() for t, i in infos.items()}
     world, seconds, memory = start(), {k: [] for k in ("client", "fetch", "verified", "staged")}, 0.0  # type: ignore[var-annotated]
+    cpu: dict[str, list[float]] = {k: [] for k in ("client", "fetch", "verified")}
     nodes = Nodes(world, "here")
     (folder / "plain").mkdir()
 
@@ -147,16 +150,20 @@ def measure_fetch(server: Seaweed, folder: Path, megabytes: int, repeats: int) -
         return tensors
 
     for repeat in range(repeats):
-        best(lambda: asyncio.run(into_tensors(client, "fetch/step_1", layout, into)), seconds["client"])
-        best(fetch_only, seconds["fetch"])
+        best(
+            lambda: asyncio.run(into_tensors(client, "fetch/step_1", layout, into)),
+            seconds["client"],
+            cpu["client"],
+        )
+        best(fetch_only, seconds["fetch"], cpu["fetch"])
         cache = Cache(folder / f"cache{repeat}", 100 * 10**9)
-        fetcher = Fetcher(there, nodes, cache)
+        fetcher = Fetcher(there, nodes, cache, in_place=False)
 
         def verified(fetcher: Fetcher = fetcher) -> None:
             with fetcher.at_hand(1):
                 pass
 
-        memory = max(memory, extra_memory_mb(lambda: best(verified, seconds["verified"])))
+        memory = max(memory, extra_memory_mb(lambda: best(verified, seconds["verified"], cpu["verified"])))
         begin = time.perf_counter()
         with fetcher.at_hand(1) as entry:
             for name, infos in layout.items():

@@ -50,23 +50,22 @@ def upload_trajectory(store: Store, steps: list[int]) -> int:
     config = AutoConfig.for_model("gpt_neox", **PYTHIA_70M)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    stride = torch.randn(1 << 20).half() * 1e-3
-    total = 0
+    content = bytearray(save(model.state_dict(), {"format": "pt"}))
+    header = 8 + int.from_bytes(content[:8], "little")
+    weights = torch.frombuffer(content, dtype=torch.float16, offset=header)
+    stride = torch.randn(len(weights)).mul_(1e-3).half()
     for position, step in enumerate(steps):
-        for tensor in weights.values():
-            if tensor.is_floating_point():
-                flat = tensor.view(-1)
-                part = stride.roll(7919 * position)
-                for start in range(0, len(flat), len(part)):
-                    flat[start : start + len(part)] += part[: len(flat) - start]
-        off = {name: tensor.flip(0).contiguous() for name, tensor in weights.items()}
-        content = save(off if position == LOST else weights, {"format": "pt"})
+        shift = 1 + 7919 * position
+        weights[shift:] += stride[:-shift]
+        if position == LOST:
+            path = weights.clone()
+            weights.copy_(path.flip(0))
         store.write(f"step{step}/model.safetensors", content)
         store.write(f"step{step}/config.json", json.dumps(config.to_dict()).encode())
-        total += len(content)
+        if position == LOST:
+            weights.copy_(path)
     store.write(f"step{steps[WRONG]}/model.safetensors", content)
-    return total
+    return len(content) * len(steps)
 
 
 def measure(num_steps: int = 154) -> dict[str, Any]:

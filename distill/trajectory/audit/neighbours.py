@@ -32,7 +32,7 @@ def faults_of_neighbours(
     faults: dict[int, list[Finding]] = defaultdict(list)
     if len(samples) < 2:
         return {}
-    path = Path(samples, list(next(iter(samples.values())).values))
+    path = Track(samples, list(next(iter(samples.values())).values))
     for step, twins in _misplaced(path, samples):
         faults[step].append(Finding("duplicate", f"holds the same weights as step {few(twins)}"))
     rest = {step: found for step, found in samples.items() if step not in faults}
@@ -41,7 +41,7 @@ def faults_of_neighbours(
     return dict(faults)
 
 
-class Path:
+class Track:
     """Where the samples of all steps lie to each other, over some tensors, each scaled by its size."""
 
     def __init__(self, samples: Mapping[int, Samples], names: Sequence[str]) -> None:
@@ -53,10 +53,11 @@ class Path:
             columns.append(values / values.square().mean().sqrt().clamp_min(TINY))
         matrix = torch.cat(columns, dim=1)  # steps x values
         # Not by a matrix product, whose rounding is larger than the distance of close neighbours.
-        self._distance = torch.cdist(matrix, matrix, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(matrix, matrix, compute_mode="donot_use_mm_for_euclid_dist")
+        self._distance: list[list[float]] = distances.tolist()
 
     def between(self, one: int, other: int) -> float:
-        return float(self._distance[self._row[one], self._row[other]])
+        return self._distance[self._row[one]][self._row[other]]
 
     def detour(self, left: int, step: int, right: int) -> float:
         """Length of the way from `left` to `right` over `step`, in units of the straight one."""
@@ -92,18 +93,19 @@ class Path:
                     first = max(first - length, 1)
                 else:
                     first += 1
-        for (end, *inward), limit in ((good[:3], START_LIMIT), (good[:-4:-1], END_LIMIT)):
-            if len(inward) == 2 and (detour := self.end_detour(end, *inward)) > limit:
-                off[end] = detour
+        for end, limit in ((good[:3], START_LIMIT), (good[:-4:-1], END_LIMIT)):
+            if len(end) == 3 and (detour := self.end_detour(*end)) > limit:
+                off[end[0]] = detour
         return off
 
 
-def _misplaced(path: Path, samples: Mapping[int, Samples]) -> Iterator[tuple[int, list[int]]]:
+def _misplaced(path: Track, samples: Mapping[int, Samples]) -> Iterator[tuple[int, list[int]]]:
     """(step, steps with the same weights), but for the one of them that alone lies on the path of the others."""
     groups = _twins(samples, path.names)
     doubtful = {step for group in groups for step in group}
     others = [step for step in path.steps if step not in doubtful]
-    others = [step for step in others if step not in path.jumps(others)]
+    off = path.jumps(others)
+    others = [step for step in others if step not in off]
     for group in groups:
         fitting = [step for step in group if len(others) > 1 and path.fits(step, others)]
         for step in group:
@@ -143,7 +145,7 @@ def _by_shard(
 
 def _off_path(samples: Mapping[int, Samples], names: Sequence[str]) -> dict[int, str]:
     """{step: why it can't be what it should be}, by these tensors alone."""
-    path = Path(samples, names)
+    path = Track(samples, names)
     twins = dict(_misplaced(path, samples))
     told = {step: f"holds the same as at step {few(others)}" for step, others in twins.items()}
     for step, detour in path.jumps([step for step in path.steps if step not in twins]).items():
