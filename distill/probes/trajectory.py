@@ -83,7 +83,10 @@ def probe(trajectory: Path, config: Config, settings: ProbeSettings, out: Path) 
 def report(found: dict[str, Any], sizes: Sequence[int]) -> str:
     """The tables of what `probe` found."""
     rows = found["checkpoints"]
-    parts = [table(rows, sizes), f"top-1 of knowing frequencies alone: {found['chance']:.4f}"]
+    parts = [
+        table(rows, sizes),
+        "knowing frequencies alone: loss {loss:.4f}, top-1 {accuracy:.4f}".format(**found["chance"]),
+    ]
     return "\n\n".join([*parts, "log-loss / top-1 by the label's frequency rank", bucket_table(rows)])
 
 
