@@ -81,9 +81,8 @@ def test_samples_are_fresh_in_every_block_and_stream_and_the_same_for_ever() -> 
     for one, other in itertools.combinations(blocks, 2):
         assert 0.45 < (one == other).float().mean() < 0.55
     assert all(set(block.unique().tolist()) == {-1.0, 1.0} for block in blocks)
-    assert samples(Task(5, 1), 7, 2, 1, 3).tolist() == [
-        [-1, 1, 1, 1, -1], [-1, -1, -1, 1, 1], [1, 1, -1, -1, 1],
-    ]  # fmt: skip
+    first_ever = [[-1, 1, -1, -1, 1], [1, -1, 1, -1, 1], [1, -1, -1, -1, 1]]
+    assert samples(Task(5, 1), seed=7, stream=2, block=1, num=3).tolist() == first_ever
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -101,8 +100,14 @@ def test_mlp_is_that_of_torch() -> None:
         ):
             parameter.data = params[ours][seed].reshape(parameter.shape)
         torch.testing.assert_close(logits[seed], net(x_SND[seed]))
-        assert params["in.weight"].abs().max() <= 6**-0.5
-        assert params["in.weight"].std() > 0.5 * 6**-0.5
+
+
+def test_mlp_starts_as_torch_starts_its_layers() -> None:
+    net = MODELS["mlp"].init(Task(25, 2), 1000, torch.Generator().manual_seed(0))
+    for name, fan_in in (("in.weight", 25), ("in.bias", 25), ("out.weight", 1000)):
+        bound = fan_in**-0.5
+        assert 0.98 * bound < net[name].abs().max() <= bound
+        assert net[name].std().item() == pytest.approx(bound / 3**0.5, rel=0.05)  # uniform
 
 
 def test_transformer_is_gpt2_of_transformers() -> None:
@@ -462,7 +467,7 @@ def test_the_command_killed_ends_in_the_same_table_and_a_finished_one_prints_at_
         (["seeds=[1, 1]"], "seeds must be different numbers"),
         (["temperatures=[-1]"], "temperatures must not be negative"),
         (["teacher.stepz=1"], "unknown key teacher.stepz; did you mean teacher.steps?"),
-        (["optim.lr=1"], "did you mean teacher.optim.lr?"),
+        (["lr=1"], "did you mean teacher.optim.lr?"),
     ],
 )
 def test_bad_settings_are_refused_with_what_to_change(

@@ -58,13 +58,13 @@ def study(out: Path, settings: Settings) -> str:
         },
     )
     draw(out / "curves.png", settings, arms, curves, teachers, picks, correlations)
-    return "\n\n".join(
-        [
-            table(arms, curves, teachers),
-            claims_table(found),
-            correlations_table(settings, picks, correlations),
-        ]
-    )
+    minutes = f"minutes of training: teachers {teachers.seconds / 60:.1f}, students {curves['hard'].seconds / 60:.1f}"
+    tables = [
+        table(arms, curves, teachers),
+        claims_table(found),
+        correlations_table(settings, picks, correlations),
+    ]
+    return "\n\n".join([*tables, minutes])
 
 
 def main(arguments: list[str] | None = None) -> int:

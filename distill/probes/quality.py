@@ -102,9 +102,10 @@ def _add(sums: _Sums, rows: Rows, labels_N: Tensor, bucket_of: Tensor, vocab_siz
         sums.add(log_p_NV.exp(), log_p_N, labels, bucket_of[labels])
 
 
-def chance(samples: Samples, limit: int, micro: int) -> float:
-    """Share of the commonest label among the counted validation rows: the top-1 of a model that knows frequencies."""
+def chance(samples: Samples, limit: int, micro: int) -> dict[str, float]:
+    """Top-1 (accuracy) and log-loss, on the counted validation rows, of knowing how frequent each label is there."""
     counts = np.zeros(samples.tokenizer.vocab_size, np.int64)
     for batch in validation_batches(samples, limit, micro, 0, 1):
         counts += np.bincount(batch.labels_N.numpy(), minlength=len(counts))
-    return float(counts.max() / max(1, counts.sum()))
+    shares = counts[counts > 0] / max(1, counts.sum())
+    return {"accuracy": float(shares.max(initial=0.0)), "loss": float(-(shares * np.log(shares)).sum())}

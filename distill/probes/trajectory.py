@@ -58,13 +58,19 @@ def probe(trajectory: Path, config: Config, settings: ProbeSettings, out: Path) 
     ranks = frequency_ranks(Samples(config.data, "train", 0, shuffle=False).reader)
     found = _begun(out, _questions(manifest, config, settings, samples))
     found["chance"] = chance(samples, config.log.eval_samples, micro)
-    rows = {row["step"]: row for row in found["checkpoints"]}
+    weights = {step: list(manifest.checkpoints[step].weights) for step in steps}
+    rows = {
+        row["step"]: row
+        for row in found["checkpoints"]
+        if weights.get(row["step"], row["weights"]) == row["weights"]
+    }
     todo = [step for step in steps if step not in rows]
     models = checkpoints(manifest, config.data.task, samples.sequence_length, todo)
     with progress("probe", len(steps), " checkpoints", len(steps) - len(todo)) as advance:
         for step, model in models:
             rows[step] = {
                 "step": step,
+                "weights": weights[step],
                 **measure(model, samples, ranks, config.log.eval_samples, micro),
                 **ngram_dependence(model, samples, places, settings.sizes, micro),
             }
@@ -79,7 +85,10 @@ def probe(trajectory: Path, config: Config, settings: ProbeSettings, out: Path) 
 def report(found: dict[str, Any], sizes: Sequence[int]) -> str:
     """The tables of what `probe` found."""
     rows = found["checkpoints"]
-    parts = [table(rows, sizes), f"top-1 of knowing frequencies alone: {found['chance']:.4f}"]
+    parts = [
+        table(rows, sizes),
+        "knowing frequencies alone: loss {loss:.4f}, top-1 {accuracy:.4f}".format(**found["chance"]),
+    ]
     return "\n\n".join([*parts, "log-loss / top-1 by the label's frequency rank", bucket_table(rows)])
 
 

@@ -46,12 +46,12 @@ class Suggestion:
 
 
 def suggest_schedule(
-    rows: Sequence[Mapping[str, Any]], chance: float, early_share: float = 0.1
+    rows: Sequence[Mapping[str, Any]], chance: Mapping[str, float], early_share: float = 0.1
 ) -> Suggestion:
     """The checkpoint inside the transition, by the rows of `distill probe` (one a checkpoint, in order of steps).
 
     Args:
-        chance: top-1 of a model that knows the frequencies of words alone.
+        chance: accuracy and loss of a model that knows the frequencies of words alone.
 
     Raises:
         NoTransition: too few checkpoints, none above chance, or the fall lies before the first one.
@@ -61,12 +61,13 @@ def suggest_schedule(
         raise NoTransition(
             f"{len(rows)} checkpoints, steps {steps}: at least 4 are needed to see a transition"
         )
-    bar = chance + SIGMAS * math.sqrt(chance * (1 - chance) / rows[-1]["num_rows"])
-    able = [row["accuracy"] > bar for row in rows]
+    lucky = chance["accuracy"]
+    bar = lucky + SIGMAS * math.sqrt(lucky * (1 - lucky) / rows[-1]["num_rows"])
+    able = [row["accuracy"] > bar and row["loss"] < chance["loss"] for row in rows]
     if not able[-1]:
         raise NoTransition(
-            f"the final checkpoint's top-1 of {rows[-1]['accuracy']:.3f} is not above {bar:.3f}, which knowing the "
-            "frequencies of words gives: this teacher has not learned yet"
+            f"the final checkpoint, top-1 {rows[-1]['accuracy']:.3f} and loss {losses[-1]:.3f}, is no better than knowing "
+            f"the frequencies of words, {bar:.3f} and {chance['loss']:.3f}: this teacher has not learned yet"
         )
     fallen = [(losses[0] - loss) / max(losses[0] - min(losses), 1e-12) for loss in losses]
     candidates = [i for i in range(len(rows) - 1) if able[i] and fallen[i] < _SETTLED]
@@ -85,8 +86,9 @@ def suggest_schedule(
     reasons = (
         f"step {steps[best]}: the loss falls fastest there, {slopes[best]:.3f} nats for a factor e of steps, from "
         f"{losses[best - 1]:.3f} at step {steps[best - 1]} to {losses[best + 1]:.3f} at step {steps[best + 1]}",
-        f"its top-1 of {rows[best]['accuracy']:.3f} is above {bar:.3f} (chance {chance:.3f} + {SIGMAS} sigma), so that it "
-        f"is no noise of the first steps; passed over as such: {[s for s, a in zip(steps, able, strict=True) if not a]}",
+        f"its top-1 {rows[best]['accuracy']:.3f} and loss are better than knowing the frequencies of words ({lucky:.3f} + "
+        f"{SIGMAS} sigma, {chance['loss']:.3f}), so that it is no noise of the first steps; passed over as such: "
+        f"{[s for s, a in zip(steps, able, strict=True) if not a]}",
         *_probe_reasons(rows, steps[best]),
         f"then the final teacher, step {steps[-1]}, for {1 - early_share:.0%} of the budget",
     )
@@ -102,5 +104,7 @@ def _probe_reasons(rows: Sequence[Mapping[str, Any]], picked: int) -> list[str]:
     course = f"M_robust(3) peaks at step {peak} ({medians[peak]:.3f}) and ends at {medians[last]:.3f}"
     if medians[last] > _FADED * medians[peak]:
         return [f"{course}: it does not fall again, which neither confirms nor refutes the choice"]
-    verdict = "confirms" if 0.5 <= peak / picked <= 2 else "does NOT confirm (more than a factor 2 away)"
-    return [f"{course}: that {verdict} the choice"]
+    verdict = "confirms" if medians[picked] >= 0.5 * medians[peak] else "does NOT confirm"
+    return [
+        f"{course}; at step {picked} it is {medians[picked]:.3f}, which {verdict} the choice (half of the peak)"
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,15 @@ class Arm:
 
 @dataclass
 class Curve:
-    """The validations of one network a seed. accuracy, loss: [validation][seed]."""
+    """The validations of one network a seed. accuracy, loss: [validation][seed].
+
+    seconds: that the run took over all its starts, all arms that ran beside it included.
+    """
 
     steps: list[int]
     accuracy: list[list[float]]
     loss: list[list[float]]
+    seconds: float = field(default=0.0, compare=False)
 
     def steps_to(self, accuracy: float) -> list[int | None]:
         """First validated step with at least this accuracy, for every seed; None where there is none."""
@@ -138,8 +142,10 @@ def _run(
 
 
 def curve_of(rows: list[dict[str, Any]], copy: int) -> Curve:
+    """What a run's rows tell of one of its copies."""
     return Curve(
         [row["step"] for row in rows],
         [row["accuracy"][copy] for row in rows],
         [row["loss"][copy] for row in rows],
+        rows[-1]["seconds"],
     )
