@@ -133,8 +133,9 @@ def _mixture(s, t, stats, settings, how: tl.constexpr):
     apart = log_p - log_q
     weight = tl.where(apart > 0, 1 - settings.beta, settings.beta)
     mixture = weight + (1 - weight) * tl.exp2(-tl.abs(apart))
-    p_to_m = tl.minimum(apart, 0.0) - fast_log2(mixture, how)
-    return tl.exp2(log_p), p_to_m, tl.exp2(log_q), p_to_m - apart
+    log_mixture = fast_log2(mixture, how)
+    p_to_m, q_to_m = tl.minimum(apart, 0.0) - log_mixture, tl.minimum(-apart, 0.0) - log_mixture
+    return tl.exp2(log_p), p_to_m, tl.exp2(log_q), q_to_m
 
 
 @triton.jit

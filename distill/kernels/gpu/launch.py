@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from distill.kernels.gpu.loop import loop_kernel
-from distill.kernels.gpu.plan import Device, Plan, plan
+from distill.kernels.gpu.plan import Device, Plan, Target, plan
 from distill.kernels.gpu.points import Points, points_kernel
 from distill.kernels.gpu.rows import NUM_SUMS, How, Rows, Settings
 from distill.kernels.gpu.split import NUM_PARTS, split_kernel
@@ -35,11 +35,11 @@ class Call:
     grad_NV: Tensor | None
 
     @property
-    def target(self) -> str:
+    def target(self) -> Target:
         if self.teacher is None:
             return "labels"
         if isinstance(self.teacher, SparseTargets):
-            return "sparse"
+            return "sparse" if self.teacher.tail_N is None else "sparse with tail"
         return "dense" if self.terms.teacher_temperature else "argmax"
 
     @property
@@ -103,7 +103,7 @@ def row_launches(call: Call, chosen: Plan, sums: Tensor) -> Iterator[Launch]:
     if chosen.kernel == "points":
         points = _points(call)
         count = 1 if points.count is None else triton.next_power_of_2(points.count)
-        arguments |= {"points": points, "TARGET": call.target, "POINTS": count, "ONE_TILE": one_tile}
+        arguments |= {"points": points, "TARGET": call.target.split()[0], "POINTS": count, "ONE_TILE": one_tile}
         yield Launch(points_kernel, num_rows, arguments, *fitted)
     elif chosen.kernel == "loop":
         yield Launch(loop_kernel, num_rows, arguments | {"ONE_TILE": one_tile}, *fitted)
@@ -175,7 +175,7 @@ def _how(call: Call, chosen: Plan, align: int) -> How:
         whole=terms.vocab_size % align == 0,
         padded=terms.vocab_size != call.student_NV.shape[1],
         block=chosen.block,
-        ptx=call.student_NV.is_cuda and torch.version.hip is None,
+        ptx=chosen.ptx,
     )
 
 

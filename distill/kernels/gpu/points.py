@@ -115,16 +115,17 @@ def points_kernel(
         else:
             tl.debug_barrier()  # all threads have read the logits of label and points: the gradient may be over them
             if ONE_TILE:
-                _store_tile(rows, row, raw, 0, label, others, total, outcome, weight, settings, how)
+                _store_tile(rows, row, raw, 0, others, total, outcome, weight, settings, how)
             else:
                 last = (tl.cdiv(rows.width * how.align, how.block) - 1) * how.block
                 for done in range(0, last + 1, how.block):
                     raw = _load_tile(rows, row, last - done, how)
-                    _store_tile(
-                        rows, row, raw, last - done, label, others, total, outcome, weight, settings, how
-                    )
-            if how.soft and TARGET != "labels":
+                    _store_tile(rows, row, raw, last - done, others, total, outcome, weight, settings, how)
+            if how.hard:
                 tl.debug_barrier()  # what is put right has been stored
+                _store_label(rows, row, label, found.logit, others, total, outcome, weight, settings, how)
+            if how.soft and TARGET != "labels":
+                tl.debug_barrier()
                 _store_points(rows, row, entries, label, total, outcome, weight, settings, how)
 
 
@@ -175,8 +176,7 @@ def _arg_max(rows, row, how: tl.constexpr):
 @triton.jit
 def _tile_mass(rows, row, raw, first, label, entries, tail, settings, how: tl.constexpr):
     """The mass of a tile, without the points if there is a tail, and what it knows of the label."""
-    s = float32(raw, how)
-    peak = tl.maximum(tl.max(s), LOWEST)
+    peak = tl.maximum(tl.max(raw.to(tl.float32)), LOWEST)
     found = Label(peak, peak)
     if rows.labels is not None:
         found = find_label(rows, row, raw, first, label, peak, how)
@@ -264,19 +264,30 @@ def _of_best(one, log_p, settings, how: tl.constexpr):
 
 
 @triton.jit
-def _store_tile(rows, row, raw, first, label, others, total, outcome, weight, settings, how: tl.constexpr):
-    s = float32(raw, how)
-    grad = tl.zeros_like(s)
+def _grad(s, others, total, outcome, weight, settings, how: tl.constexpr):
+    """The gradient where there is neither label nor point."""
+    grad = s * 0.0
     if how.soft:
         slope = weight * settings.soft_slope * outcome.elsewhere
         grad = tl.exp2(log2_exp(s, others.peak, settings.student_scale)) * slope
     if how.hard:
-        scale = LOG2E if how.hard_apart else settings.student_scale
-        slope = weight * settings.hard_weight
-        grad += tl.exp2(log2_exp(s, total.peak, scale)) * (slope / total.hard)
-        if (label >= first) & (label < first + how.block):
-            grad = tl.where(tl.arange(0, how.block) == label - first, grad - slope, grad)
+        scale = LOG2E if how.hard_apart else settings.student_scale  # equal ones, but then the exps are made once
+        grad += tl.exp2(log2_exp(s, total.peak, scale)) * (weight * settings.hard_weight / total.hard)
+    return grad
+
+
+@triton.jit
+def _store_tile(rows, row, raw, first, others, total, outcome, weight, settings, how: tl.constexpr):
+    grad = _grad(float32(raw, how), others, total, outcome, weight, settings, how)
     store_grad(rows, row, first + tl.arange(0, how.block), grad, how)
+
+
+@triton.jit
+def _store_label(rows, row, label, logit, others, total, outcome, weight, settings, how: tl.constexpr):
+    grad = _grad(logit, others, total, outcome, weight, settings, how) - weight * settings.hard_weight
+    is_class = (label >= 0) & (label < rows.vocab_size)
+    at = start(rows.grad, rows.grad_stride, row, how) + label
+    tl.store(at, grad.to(rows.grad.dtype.element_ty), mask=is_class)
 
 
 @triton.jit

@@ -85,7 +85,7 @@ def load(base, stride, row, columns, vocab_size, how: tl.constexpr, EVICT: tl.co
     at = start(base, stride, row, how) + columns
     x = tl.load(at, mask=readable, other=float("-inf"), eviction_policy=EVICT)
     if not how.whole:
-        x = tl.where(columns < vocab_size, x, float("-inf"))
+        x = tl.where(columns < vocab_size, x, tl.full(x.shape, float("-inf"), tl.float32).to(x.dtype))
     return x
 
 
