@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from distill.trajectory.manifest import Manifest
 from distill.trajectory.tensors import TensorInfo, view_of
 
 NUM_TENSORS, NUM_VALUES = 32, 2048  # sampled of a checkpoint, of a tensor
+STEPS_AT_ONCE = 4
 
 
 @dataclass
@@ -40,9 +42,11 @@ def read_samples(manifest: Manifest, headers: Mapping[int, Headers], names: list
     """The numbers in the middle of each of these tensors, of the checkpoints that have them."""
     samples = {}
     steps = [step for step, found in headers.items() if found.shards]
-    with progress(f"audit {manifest.url}", len(steps), "step") as advance:
+    label = f"audit {manifest.url}"
+    with progress(label, len(steps), "step") as advance, ThreadPoolExecutor(STEPS_AT_ONCE) as threads:
+        found = threads.map(lambda step: _samples(manifest, step, headers[step], names), steps)
         for step in steps:
-            samples[step] = _samples(manifest, step, headers[step], names)
+            samples[step] = next(found)
             advance(1)
     return samples
 
