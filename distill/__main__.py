@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from distill.config import help_text
+from distill.config import Config, help_text
 from distill.config_reader import load_config
 from distill.signals import Stopped, catch_stop_signals
 
@@ -46,6 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="YAML files and assignments, later ones win",
     )
 
+    attempt = commands.add_parser(
+        "attempt", help="for batch scripts: may this SLURM job start the run once more? Exit code 2: no"
+    )
+    attempt.add_argument("when", choices=("start", "again"), help="start: also note that it does so now")
+    attempt.add_argument("settings", nargs="*", help="as for `distill train`")
+
     export = commands.add_parser("export", help="write a run's newest weights as a Hugging Face folder")
     export.add_argument("run_dir", type=Path, help="folder of the run")
     export.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
@@ -76,11 +82,18 @@ def run(arguments: argparse.Namespace) -> None:
     Imports are here because torch takes seconds and --help should not.
     """
     if arguments.command == "train":
-        files = [s for s in arguments.settings if "=" not in s]
-        config = load_config(files, [s for s in arguments.settings if "=" in s])
+        config = config_of(arguments)  # first: a bad one is told at once
         from distill.train import train
 
         report(train(config))
+    elif arguments.command == "attempt":
+        from distill.attempts import note_start, refuse_standstill
+
+        folder, job = Path(config_of(arguments).run_dir), os.environ["SLURM_JOB_ID"]
+        if arguments.when == "again":
+            refuse_standstill(folder, job)
+        else:
+            print(f"{folder} goes on from step {note_start(folder, job)}")
     elif arguments.command == "export":
         from distill.export import export_run
 
@@ -96,6 +109,11 @@ def run(arguments: argparse.Namespace) -> None:
         print(
             f"{manifest.family}: {len(manifest.checkpoints)} checkpoints, steps {list(manifest.checkpoints)}"
         )
+
+
+def config_of(arguments: argparse.Namespace) -> Config:
+    files = [s for s in arguments.settings if "=" not in s]
+    return load_config(files, [s for s in arguments.settings if "=" in s])
 
 
 def report(result: Mapping[str, object]) -> None:

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from distill.distributed import World, barrier, from_main
 from distill.engine import Engine
 from distill.files import publish_folder, write_text, writing
+from distill.run_folder import STATE, checkpoint_folder, saved_checkpoints
 from distill.trajectory.manifest import Manifest, describe
 
 log = logging.getLogger(__name__)
-STATE = "state.json"  # written last inside a checkpoint: a folder without it is no checkpoint
 
 
 @dataclass
@@ -37,11 +37,6 @@ class TrainState:
     consumed: int = 0
     tokens: float = 0.0
     window: dict[str, float] = dataclasses.field(default_factory=dict)
-
-
-def checkpoint_folder(folder: Path, step: int) -> Path:
-    """Where the run in `folder` keeps its resumable checkpoint after `step` steps."""
-    return folder / "checkpoints" / f"step_{step:08d}"
 
 
 def save(folder: Path, engine: Engine, state: TrainState, data: str, world: World, keep: int) -> None:
@@ -66,11 +61,6 @@ def save(folder: Path, engine: Engine, state: TrainState, data: str, world: Worl
             # Under a name that resume clears away if this is cut off.
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))
     barrier(world)
-
-
-def saved_checkpoints(folder: Path) -> list[Path]:
-    """Complete resumable checkpoints of a run, oldest first."""
-    return sorted(p.parent for p in (folder / "checkpoints").glob(f"step_????????/{STATE}"))
 
 
 def resume(folder: Path, engine: Engine, data: str, world: World) -> TrainState:

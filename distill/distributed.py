@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=10)
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+UNSET = f"unset {', '.join(LAUNCHER)} or start all ranks by one launcher"
 
 
 @dataclass(frozen=True)
@@ -33,34 +36,85 @@ def ranks_from_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
     That is torchrun's or deepspeed's variables, else those of an `srun` step.
 
     Raises:
-        ValueError: the launcher's world size and the SLURM step's number of tasks contradict each other.
+        ValueError: half of a launcher's variables, no whole numbers, or a launcher and SLURM that contradict
+            each other.
     """
     # Only inside an srun step do SLURM's task variables describe this process; in a batch shell they describe
     # the allocation.
-    in_step = "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "").isdigit()
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0))
-    if in_step:
-        tasks = int(environ["SLURM_NTASKS"])
-        if int(environ.get("WORLD_SIZE", tasks)) != tasks:
+    step = "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "").isdigit()
+    if "RANK" in environ or ("WORLD_SIZE" in environ and not step):
+        rank, size, local_rank = (_whole_number(environ, n) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if rank >= size:
+            raise ValueError(f"RANK is {rank} but WORLD_SIZE says {size} rank(s): {UNSET}")
+        if step:
+            _refuse_other_layout(environ, rank, size)
+        return rank, size, local_rank
+    if not step:
+        return 0, 1, 0
+    rank, tasks, local_rank = (_whole_number(environ, f"SLURM_{n}") for n in ("PROCID", "NTASKS", "LOCALID"))
+    if int(environ.get("WORLD_SIZE", tasks)) != tasks:
+        raise ValueError(
+            f"SLURM started {tasks} tasks but WORLD_SIZE says {environ['WORLD_SIZE']}: unset WORLD_SIZE or set RANK too"
+        )
+    return rank, tasks, local_rank
+
+
+def _whole_number(environ: Mapping[str, str], name: str) -> int:
+    text = environ.get(name, "0" if name == "LOCAL_RANK" else "")
+    if not text.isdigit():
+        others = {key: environ[key] for key in LAUNCHER if key in environ}
+        raise ValueError(f"{name} is {text or 'not set'!r}, with {others}: {UNSET}")
+    return int(text)
+
+
+def _refuse_other_layout(environ: Mapping[str, str], rank: int, size: int) -> None:
+    """A launcher inside an srun step starts its ranks once a task, or the variables are the tasks' own."""
+    tasks, nodes = int(environ["SLURM_NTASKS"]), int(environ.get("SLURM_JOB_NUM_NODES", 1))
+    # torchrun's name, deepspeed's name: ranks that one launcher has started on its node.
+    local = environ.get("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE"))
+    if local is None:
+        if (rank, size) != (int(environ["SLURM_PROCID"]), tasks):
             raise ValueError(
-                f"SLURM started {tasks} tasks but WORLD_SIZE says {environ['WORLD_SIZE']}: unset WORLD_SIZE or set RANK too"
+                f"RANK is {rank} of WORLD_SIZE {size}, but SLURM calls this task {environ['SLURM_PROCID']} of {tasks}: {UNSET}"
             )
-        return int(environ["SLURM_PROCID"]), tasks, int(environ["SLURM_LOCALID"])
-    return 0, 1, 0
+    # One step with a launcher on each of its tasks, or a step of one task on each node (deepspeed over ssh).
+    elif size != int(local) * tasks and not (
+        tasks == 1 and size in (int(local) * n for n in range(1, nodes + 1))
+    ):
+        raise ValueError(
+            f"WORLD_SIZE is {size} with {local} ranks a launcher, but SLURM started {tasks} task(s) on {nodes} node(s): "
+            "start one launcher a node (srun --ntasks-per-node=1)"
+        )
+
+
+def meeting_place(environ: Mapping[str, str], size: int) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT: the environment's, else the step's first node and a port of the job's own.
+
+    Raises:
+        ValueError: several ranks that SLURM did not start, and nowhere to meet.
+    """
+    names = ("MASTER_ADDR", "MASTER_PORT")
+    given = {name: environ[name] for name in names if name in environ}
+    if len(given) == 2 or size == 1:
+        return given
+    if not environ.get("SLURM_STEP_ID", "").isdigit():
+        raise ValueError(
+            f"{size} ranks need MASTER_ADDR and MASTER_PORT in the environment, got {given or 'neither'}"
+        )
+    # The first name of a list such as gpu[03-05,07],login1.
+    first = re.sub(r"\[(\d+)[^]]*\]", r"\1", environ["SLURM_STEP_NODELIST"]).split(",")[0]
+    port = 20000 + (int(environ["SLURM_JOB_ID"]) * 7 + int(environ["SLURM_STEP_ID"])) % 10000
+    return {"MASTER_ADDR": first, "MASTER_PORT": str(port), **given}
 
 
 def start() -> World:
     """Join the process group (nccl on GPUs, gloo on CPU) and pick this rank's device.
 
     Raises:
-        ValueError: several ranks, but no MASTER_ADDR / MASTER_PORT to meet at.
+        ValueError: the environment contradicts itself, or several ranks have no place to meet.
     """
     rank, size, local_rank = ranks_from_environment(os.environ)
-    if size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise ValueError(
-            f"{size} ranks need MASTER_ADDR and MASTER_PORT in the environment (slurm/train.sbatch sets them)"
-        )
+    os.environ.update(meeting_place(os.environ, size))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local_rank %= torch.cuda.device_count()  # SLURM may show each task its own GPU only, as number 0

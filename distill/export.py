@@ -7,14 +7,14 @@ from pathlib import Path
 
 from distill import distributed
 from distill.build import layout, student_model
-from distill.checkpoint import export, saved_checkpoints
+from distill.checkpoint import export
 from distill.config import Config
 from distill.config_reader import load_config
 from distill.data import Samples
 from distill.engine import Student, saved_weights
 from distill.evaluate import validate, validation_samples
 from distill.models import DTYPES, cast_parameters, load_model, quiet_transformers
-from distill.run_folder import CONFIG
+from distill.run_folder import CONFIG, saved_checkpoints
 
 
 def export_run(run_dir: Path, out: Path) -> Path:

@@ -22,6 +22,7 @@ from distill.trajectory.manifest import Manifest
 
 CONFIG, SCHEDULE, RESULT, LOCK = "config.yaml", "schedule.json", "result.json", "run.lock"
 WEIGHTS = "weights"  # in schedule.json, beside the schedule
+STATE = "state.json"  # written last inside a checkpoint: a folder without it is no checkpoint
 
 # Settings of layout, speed and logging, which may change when a run goes on; all others decide what is learned.
 MAY_CHANGE = (
@@ -159,3 +160,13 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Mark the run as finished."""
     write_text(folder / RESULT, json.dumps(result, indent=1))
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Where the run in `folder` keeps its resumable checkpoint after `step` steps."""
+    return folder / "checkpoints" / f"step_{step:08d}"
+
+
+def saved_checkpoints(folder: Path) -> list[Path]:
+    """Complete resumable checkpoints of a run, oldest first."""
+    return sorted(p.parent for p in (folder / "checkpoints").glob(f"step_????????/{STATE}"))

@@ -12,10 +12,11 @@ from tiny import assert_same_run, config, distill, settings
 
 from distill import checkpoint
 from distill.build import build_run
-from distill.checkpoint import TrainState, resume, saved_checkpoints
+from distill.checkpoint import TrainState, resume
 from distill.distributed import start
 from distill.engine import saved_weights
 from distill.files import publish_folder, writing
+from distill.run_folder import saved_checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of DeepSpeed and torch, about each other
 

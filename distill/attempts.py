@@ -1,0 +1,57 @@
+"""From which steps a job of a queue has started a run: one that gets no further must not go round for ever.
+
+Imports no torch: batch scripts call it on every start.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from distill.files import write_text
+from distill.run_folder import saved_checkpoints
+
+ATTEMPTS = "attempts.jsonl"  # in the run's folder, one line a start
+MOST_STARTS = 2  # of one job from one step
+
+
+class Standstill(ValueError):
+    """A job has started a run twice from the same step."""
+
+
+def note_start(folder: Path, job: str) -> int:
+    """Record that `job` starts the run in `folder` now. Returns the step it goes on from.
+
+    Raises:
+        Standstill: it has started there twice already.
+    """
+    refuse_standstill(folder, job)
+    folder.mkdir(parents=True, exist_ok=True)
+    step = saved_step(folder)
+    lines = [*_attempts(folder), {"job": job, "step": step}]
+    write_text(folder / ATTEMPTS, "".join(json.dumps(line) + "\n" for line in lines))
+    return step
+
+
+def refuse_standstill(folder: Path, job: str) -> None:
+    """Raises Standstill if `job` has started the run in `folder` twice from where it stands now.
+
+    Another job, that is another `sbatch`, may try twice again.
+    """
+    step = saved_step(folder)
+    if _attempts(folder).count({"job": job, "step": step}) >= MOST_STARTS:
+        raise Standstill(
+            f"job {job} has started {folder} {MOST_STARTS} times from step {step} and saved nothing since: it stops here. "
+            "Its log says why; mend that (or give it more time) and submit it again"
+        )
+
+
+def saved_step(folder: Path) -> int:
+    """Step of the newest resumable checkpoint of the run in `folder`, 0 without one."""
+    saved = saved_checkpoints(folder)
+    return int(saved[-1].name.removeprefix("step_")) if saved else 0
+
+
+def _attempts(folder: Path) -> list[dict[str, object]]:
+    path = folder / ATTEMPTS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,42 @@
+# What the batch scripts beside it share; they source it. Not submitted by itself.
+set -euo pipefail
+export DISTILL_HOME=${DISTILL_HOME:-$SLURM_SUBMIT_DIR}
+source "$DISTILL_HOME/slurm/env.sh"
+cd "$DISTILL_HOME"
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then # since Slurm 22.05 srun does not take sbatch's --cpus-per-task over
+  export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
+
+announce() { # COMMAND...: what runs where, of which versions
+  echo "$(date -Is) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_JOB_NUM_NODES node(s) $SLURM_JOB_NODELIST: $*"
+  echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown); $(python -V); $(python - <<'END'
+from importlib.metadata import version
+print("; ".join(f"{name} {version(name)}" for name in ("distill", "torch", "deepspeed", "transformers")))
+END
+)"
+}
+
+train_and_requeue() { # SETTINGS...: `distill train` on all tasks; saved and put back into the queue when time is up
+  announce distill train "$@"
+  python -m distill attempt start "$@"
+  local again=0 cancelled=0 code=0 step=
+  trap 'again=1; kill -USR1 "$step"' USR1      # before the limit, or preempted: save, then queue again
+  trap 'cancelled=1; kill -TERM "$step"' TERM  # scancel: save, then leave for good
+  # When a rank has died its peers see it and say so; those that only wait for it are killed after --wait seconds.
+  srun --label --kill-on-bad-exit=0 --wait=45 python -m distill train "$@" &
+  step=$!
+  while :; do # `wait` returns when a trap runs
+    wait "$step" && code=0 || code=$?
+    kill -0 "$step" 2>/dev/null || break
+  done
+  trap - USR1 TERM
+  case $code in
+    0) exit 0 ;;
+    2 | 130 | 143) [ "$again" = 1 ] || cancelled=1 ;; # bad input, which stays bad, or told to leave
+  esac
+  echo "$(date -Is) job $SLURM_JOB_ID: distill train ended with code $code"
+  [ "$cancelled" = 0 ] || exit "$code"
+  python -m distill attempt again "$@" || exit "$code"
+  scontrol requeue "$SLURM_JOB_ID"
+  sleep 60 # until it is taken away
+}

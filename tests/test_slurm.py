@@ -1,0 +1,215 @@
+"""The batch scripts on a real SLURM cluster: whatever the scheduler or a node does, the run ends with the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm_cluster import Cluster, Job, Unavailable, cluster, read, wait_for
+from tiny import ROOT, assert_same_run, rows, settings
+
+pytestmark = [pytest.mark.slow, pytest.mark.dist]
+STEPS = 300
+STUDENT: dict[str, Any] = {
+    "steps": STEPS,
+    "log__every": 1,  # so that a test sees how far a run is
+    "log__eval_every": STEPS,
+    "save__every": 100,
+    "objective__weights": {"forward_kl": 1.0, "hard": 0.5},
+    "schedule__kind": "explicit",
+    "schedule__stages": [[0, 2], [90, 8], [200, 24]],
+}
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three nodes; runs take two of them."""
+    if not (ROOT / ".venv" / "bin" / "activate").exists():
+        pytest.skip("slurm/env.sh activates .venv, which is not there: make venv")
+    try:
+        with cluster(tmp_path_factory.mktemp("slurm"), 3) as started:
+            started.environ |= {"DISTILL_HOME": str(ROOT), "OMP_NUM_THREADS": "1"}
+            yield started
+    except Unavailable as reason:
+        pytest.skip(f"no SLURM cluster on this machine: {reason}")
+
+
+@pytest.fixture(scope="module")
+def arguments(shards: Path, teacher_run: Path) -> Callable[..., list[str]]:
+    """Settings of the student whose run is in the given folder."""
+
+    def of(run_dir: Path, **changes: Any) -> list[str]:
+        trajectory = str(teacher_run / "trajectory")
+        return settings(shards, run_dir, teacher__trajectory=trajectory, **{**STUDENT, **changes})
+
+    return of
+
+
+Submit = Callable[..., Job]
+
+
+@pytest.fixture
+def submit(slurm: Cluster, arguments: Callable[..., list[str]], tmp_path: Path) -> Iterator[Submit]:
+    """`sbatch slurm/train.sbatch` on two nodes, for the run in tmp_path/run. What is left of the jobs is cancelled."""
+    yield lambda *options, **changes: slurm.submit(
+        "--nodes=2",
+        *options,
+        str(ROOT / "slurm/train.sbatch"),
+        *arguments(tmp_path / "run", **changes),
+        folder=tmp_path,
+    )
+    slurm.command("scancel", "--user=root")
+    wait_for(lambda: not slurm.command("squeue", "--noheader"), 90, "an empty queue")
+
+
+@pytest.fixture(scope="module")
+def calm(
+    slurm: Cluster, arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Folder of the run that nobody disturbed, with its log."""
+    folder = tmp_path_factory.mktemp("calm")
+    job = slurm.submit(
+        "--nodes=2", str(ROOT / "slurm/train.sbatch"), *arguments(folder / "run"), folder=folder
+    )
+    slurm.wait(job, "COMPLETED")
+    job.log.rename(folder / "log")
+    return folder
+
+
+def is_at(run_dir: Path, step: int) -> Callable[[], bool]:
+    return lambda: (
+        (run_dir / "metrics.jsonl").exists()
+        and rows(run_dir)[-1:] != []
+        and rows(run_dir)[-1]["step"] >= step
+    )
+
+
+def rank_pid(job: Job, rank: int) -> int | None:
+    """The process of a rank, as this machine numbers it."""
+    wanted = {f"SLURM_JOB_ID={job.number}".encode(), f"SLURM_PROCID={rank}".encode()}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            in_job = wanted <= set((process / "environ").read_bytes().split(b"\0"))
+            if in_job and b"train" in (process / "cmdline").read_bytes().split(b"\0"):
+                return int(process.name)
+        except OSError:  # it has ended
+            continue
+    return None
+
+
+def test_two_nodes_distil_and_the_log_says_command_versions_and_nodes(calm: Path) -> None:
+    log = read(calm / "log")
+    assert rows(calm / "run", "train")[-1]["step"] == STEPS
+    for said in (
+        "start 1, 2 node(s) n[1-2]: distill train run_dir=",
+        "torch 2.",
+        "deepspeed ",
+        "0: train step",
+        "commit ",
+    ):
+        assert said in log
+
+
+def test_preempted_by_usr1_it_saves_goes_back_into_the_queue_and_ends_with_the_same_bits(
+    slurm: Cluster, submit: Submit, calm: Path, tmp_path: Path
+) -> None:
+    job = submit()
+    wait_for(is_at(tmp_path / "run", 120), 120, "step 120", lambda: read(job.log))
+    slurm.command("scancel", "--batch", "--signal=USR1", str(job.number))
+    slurm.wait(job, "COMPLETED")
+    assert slurm.restarts(job) == 1
+    assert "stopped by signal 10 after step 1" in read(job.log)
+    assert_same_run(tmp_path / "run", calm / "run")
+
+
+def test_job_of_higher_priority_takes_the_nodes_and_gives_them_back(
+    slurm: Cluster, submit: Submit, calm: Path, tmp_path: Path
+) -> None:
+    job = submit()
+    wait_for(is_at(tmp_path / "run", 50), 120, "step 50", lambda: read(job.log))
+    urgent = slurm.submit("--partition=high", "--nodes=3", "--exclusive", "--wrap=sleep 1", folder=tmp_path)
+    slurm.wait(urgent, "COMPLETED")
+    slurm.wait(job, "COMPLETED")
+    assert slurm.restarts(job) == 1
+    assert_same_run(tmp_path / "run", calm / "run")
+
+
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_node_whose_power_is_cut_is_replaced_and_the_run_ends_with_the_same_bits(
+    node: str, slurm: Cluster, submit: Submit, calm: Path, tmp_path: Path
+) -> None:
+    job = submit("--nodelist=n[1-2]")
+    wait_for(is_at(tmp_path / "run", 120), 120, "step 120", lambda: read(job.log))
+    slurm.kill_node(node)
+    wait_for(lambda: slurm.node_state(node).startswith("DOWN"), 60, f"{node} DOWN")
+    slurm.start_node(node)
+    slurm.wait(job, "COMPLETED")
+    assert slurm.restarts(job) == 1
+    assert "goes on from step 100" in read(job.log)
+    assert_same_run(tmp_path / "run", calm / "run")
+    wait_for(lambda: slurm.node_state(node) == "IDLE", 60, f"{node} back")
+
+
+def test_cancelled_run_is_saved_and_stays_away_until_it_is_submitted_again(
+    slurm: Cluster, submit: Submit, calm: Path, tmp_path: Path
+) -> None:
+    job = submit()
+    wait_for(is_at(tmp_path / "run", 120), 120, "step 120", lambda: read(job.log))
+    slurm.command("scancel", str(job.number))
+    slurm.wait(job, "CANCELLED")
+    wait_for(lambda: "stopped by signal 15" in read(job.log), 60, "a saved run", lambda: read(job.log))
+    assert slurm.restarts(job) == 0
+    slurm.wait(submit(), "COMPLETED")
+    assert_same_run(tmp_path / "run", calm / "run")
+
+
+def test_rank_that_dies_ends_the_job_with_the_reason_and_the_next_start_goes_on(
+    slurm: Cluster, submit: Submit, calm: Path, tmp_path: Path
+) -> None:
+    job = submit()
+    wait_for(is_at(tmp_path / "run", 120), 120, "step 120", lambda: read(job.log))
+    os.kill(rank_pid(job, 1) or 0, signal.SIGKILL)
+    wait_for(lambda: slurm.restarts(job) == 1, 60, "the job's end", lambda: read(job.log))
+    assert "task 1: Killed" in read(job.log)
+    slurm.wait(job, "COMPLETED")
+    assert_same_run(tmp_path / "run", calm / "run")
+
+
+def test_rank_that_only_waits_for_a_dead_one_is_ended_within_a_minute(
+    slurm: Cluster, submit: Submit, calm: Path, tmp_path: Path
+) -> None:
+    job = submit()
+    wait_for(is_at(tmp_path / "run", 120), 120, "step 120", lambda: read(job.log))
+    os.kill(rank_pid(job, 0) or 0, signal.SIGSTOP)
+    os.kill(rank_pid(job, 1) or 0, signal.SIGKILL)
+    wait_for(lambda: slurm.restarts(job) == 1, 60, "the job's end", lambda: read(job.log))
+    slurm.wait(job, "COMPLETED")
+    assert_same_run(tmp_path / "run", calm / "run")
+
+
+def test_run_that_dies_twice_at_the_same_step_is_not_queued_a_third_time(
+    slurm: Cluster, submit: Submit, tmp_path: Path
+) -> None:
+    job = submit()
+    for start in range(2):
+        wait_for(
+            lambda n=start: slurm.restarts(job) == n and rank_pid(job, 1) is not None,
+            60,
+            "rank 1",
+            lambda: read(job.log),
+        )
+        os.kill(rank_pid(job, 1) or 0, signal.SIGKILL)
+    slurm.wait(job, "FAILED")
+    assert slurm.restarts(job) == 1
+    assert f"has started {tmp_path}/run 2 times from step 0 and saved nothing since" in read(job.log)
+
+
+def test_bad_input_fails_at_once_with_its_sentence(slurm: Cluster, submit: Submit) -> None:
+    job = submit(batch_size=7)
+    slurm.wait(job, "FAILED")
+    assert slurm.restarts(job) == 0
+    assert "batch_size 7 must be 2 rank(s)" in read(job.log)
