@@ -29,7 +29,7 @@ FLOORS = {
         "sample_order",
     },
     1: {"kernels", "data", "engine", "metrics", "trajectory", "run_folder"},
-    2: {"objectives", "teacher", "checkpoint", "probes", "plan", "attempts"},
+    2: {"objectives", "teacher", "checkpoint", "probes", "plan", "plan_text", "memory", "attempts"},
     3: {"train", "score", "evaluate", "build", "accounting", "export"},
     4: {"experiments", "__main__"},
 }
