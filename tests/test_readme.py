@@ -80,7 +80,12 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         model.to(torch.bfloat16).save_pretrained(home / "cluster" / "data" / "pythia-410m" / f"step{step}")
     (home / "bin").mkdir()
-    for name, body in {"srun": 'shift; exec "$@"', "scontrol": "echo 127.0.0.1"}.items():
+    options = 'while [ "${1#-}" != "$1" ]; do case $1 in --export=ALL,*) export "${1#--export=ALL,}";; esac; shift; done'
+    stand_ins = {
+        "srun": f'{options}; exec "$@"',
+        "sbatch": f'{options}; export SLURM_ARRAY_TASK_ID=0; bash "$@" >&2; echo 2',  # runs what it should queue
+    }
+    for name, body in stand_ins.items():
         (home / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
         (home / "bin" / name).chmod(0o755)
     return home
@@ -91,6 +96,8 @@ def environment(home: Path) -> dict[str, str]:
     slurm = {
         "SLURM_JOB_ID": "1",
         "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_PARTITION": "main",
         "SLURM_SUBMIT_DIR": str(home),
         "DISTILL_HOME": str(home),
     }
