@@ -161,7 +161,7 @@ def _student(config: Config, vocab_size: int, length: int) -> PreTrainedModel:
 
 def _shape(task: str, path: Path) -> PreTrainedModel:
     try:
-        return AUTO[task].from_config(AutoConfig.from_pretrained(path, local_files_only=True))  # type: ignore[no-any-return]
+        return AUTO[task].from_config(AutoConfig.from_pretrained(path, local_files_only=True))
     except OSError as error:
         raise ValueError(f"{path} can't be read as a model's config: {error}") from error
 
