@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from distill.config import Config, help_text
 from distill.config_reader import load_config
@@ -52,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     attempt.add_argument("when", choices=("start", "again"), help="start: also note that it does so now")
     attempt.add_argument("settings", nargs="*", help="as for `distill train`")
+
+    add_plan(commands)
 
     export = commands.add_parser("export", help="write a run's newest weights as a Hugging Face folder")
     export.add_argument("run_dir", type=Path, help="folder of the run")
@@ -108,6 +112,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan", help="memory, storage, disk and time of a run before it starts, without a GPU or weights"
+    )
+    plan.add_argument("settings", nargs="*", help="as for `distill train`")
+    add = plan.add_argument
+    add("--ranks", type=int, default=8, help="GPUs in all (default 8)")
+    add("--ranks-per-node", type=int, default=8, help="GPUs of a node (default 8)")
+    add("--memory-gib", type=float, default=80.0, help="memory of one GPU, GiB (default 80)")
+    add("--tokens-per-second", type=float, default=0.0, help="of all ranks; else as run_dir has measured")
+    add("--tflops", type=float, default=0.0, help="that one GPU sustains, if no tokens a second are known")
+    add("--vocab-size", type=int, default=0, help="of shards still to be made")
+    add("--sequence-length", type=int, default=0, help="of shards still to be made")
+    add("--teacher-config", type=Path, help="config.json of a teacher still to be fetched")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Call the one function behind the command. Returns the exit code.
 
@@ -126,6 +146,13 @@ def run(arguments: argparse.Namespace) -> int:
             refuse_standstill(folder, job)
         else:
             print(f"{folder} goes on from step {note_start(folder, job)}")
+    elif arguments.command == "plan":
+        config = config_of(arguments)
+        from distill.plan import Site, make_plan
+        from distill.plan_text import plan_text
+
+        site = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Site)}
+        print(plan_text(make_plan(config, Site(**site))))
     elif arguments.command == "export":
         from distill.export import export_run
 

@@ -29,7 +29,17 @@ FLOORS = {
         "sample_order",
     },
     1: {"kernels", "data", "engine", "metrics", "trajectory", "run_folder"},
-    2: {"objectives", "teacher", "checkpoint", "probes", "plan", "growing", "attempts"},
+    2: {
+        "objectives",
+        "teacher",
+        "checkpoint",
+        "probes",
+        "plan",
+        "plan_text",
+        "memory",
+        "growing",
+        "attempts",
+    },
     3: {"train", "score", "evaluate", "build", "accounting", "export"},
     4: {"experiments", "__main__"},
 }

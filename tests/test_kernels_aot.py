@@ -168,9 +168,7 @@ def check(shape: Shape, capability: int, folder: Path) -> None:
         assert report.stack == 0 and report.local_stores == 0, f"spills: {report}"
         assert report.registers <= (chosen.registers or 0), report
         assert report.wide_loads >= 2, f"loads are not 16 bytes wide: {report}"
-        assert report.halfword_loads <= 4, (
-            f"logits are read one by one: {report}"
-        )  # of labels and points
+        assert report.halfword_loads <= 4, f"logits are read one by one: {report}"  # of labels and points
 
 
 @pytest.mark.parametrize("shape", SHIPPED, ids=str)

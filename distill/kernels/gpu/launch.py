@@ -103,7 +103,12 @@ def row_launches(call: Call, chosen: Plan, sums: Tensor) -> Iterator[Launch]:
     if chosen.kernel == "points":
         points = _points(call)
         count = 1 if points.count is None else triton.next_power_of_2(points.count)
-        arguments |= {"points": points, "TARGET": call.target.split()[0], "POINTS": count, "ONE_TILE": one_tile}
+        arguments |= {
+            "points": points,
+            "TARGET": call.target.split()[0],
+            "POINTS": count,
+            "ONE_TILE": one_tile,
+        }
         yield Launch(points_kernel, num_rows, arguments, *fitted)
     elif chosen.kernel == "loop":
         yield Launch(loop_kernel, num_rows, arguments | {"ONE_TILE": one_tile}, *fitted)

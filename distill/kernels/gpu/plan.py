@@ -53,7 +53,11 @@ def plan(target: Target, kind: str, itemsize: int, columns: int, rows: int, devi
         return _portable(dataclasses.replace(held, kernel="loop"), device)
     if device.backend != "cuda":
         # Waiting for other programs is not safe everywhere. With few rows a program a row leaves the device idle.
-        chosen = dataclasses.replace(held, kernel="phases") if rows < device.num_processors else loop_plan(itemsize)
+        chosen = (
+            dataclasses.replace(held, kernel="phases")
+            if rows < device.num_processors
+            else loop_plan(itemsize)
+        )
         return _portable(chosen, device)
     at_once = held.programs_at_once * device.num_processors
     return held if at_once >= ROOM * held.splits else loop_plan(itemsize)
@@ -92,7 +96,10 @@ def candidates(kind: str, itemsize: int, columns: int) -> list[Plan]:
         Plan("split", 16384 // itemsize, 8, 96, -(-columns * itemsize // 16384)),
         dataclasses.replace(wide, registers=160),
         Plan("split", 4096 // itemsize, 4, 64, -(-columns * itemsize // 4096)),
-        *(Plan("loop", width // itemsize, warps, 80) for width, warps in ((8192, 8), (16384, 8), (16384, 16))),
+        *(
+            Plan("loop", width // itemsize, warps, 80)
+            for width, warps in ((8192, 8), (16384, 8), (16384, 16))
+        ),
         dataclasses.replace(held_plan(kind, itemsize, columns), kernel="phases"),
     ]
     return [each for each in plans if each.kernel == "loop" or each.splits > 1]

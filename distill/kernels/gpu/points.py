@@ -271,7 +271,9 @@ def _grad(s, others, total, outcome, weight, settings, how: tl.constexpr):
         slope = weight * settings.soft_slope * outcome.elsewhere
         grad = tl.exp2(log2_exp(s, others.peak, settings.student_scale)) * slope
     if how.hard:
-        scale = LOG2E if how.hard_apart else settings.student_scale  # equal ones, but then the exps are made once
+        scale = (
+            LOG2E if how.hard_apart else settings.student_scale
+        )  # equal ones, but then the exps are made once
         grad += tl.exp2(log2_exp(s, total.peak, scale)) * (weight * settings.hard_weight / total.hard)
     return grad
 

@@ -1,0 +1,234 @@
+"""What a run will need and cost, before it starts: no GPU, no weights, no data are touched.
+
+`make_plan` reads the index of the shards and the manifest of the trajectory where they exist, and builds both models
+without memory (torch's meta device).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from data_prep.shards import INDEX_NAME, ShardIndex
+from distill.config import Config
+from distill.memory import (
+    BYTES,
+    RankMemory,
+    activation_memory,
+    logits_memory,
+    student_memory,
+    teacher_memory,
+)
+from distill.metrics import METRICS, read_rows
+from distill.models import AUTO, build_model, flops_per_step, num_parameters, work_of
+from distill.schedule import Schedule, due_after, make_schedule
+from distill.trajectory.manifest import NAME, Manifest, load_manifest
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the run would have: its machines, and what can't be read because it isn't there yet.
+
+    tokens_per_second: of all ranks together; tflops: that one rank sustains (10^12 operations a second); 0: not known.
+    vocab_size, sequence_length: for shards still to be made. teacher_config: config.json of a teacher still to be fetched.
+    """
+
+    ranks: int = 8
+    ranks_per_node: int = 8
+    memory_gib: float = 80.0
+    tokens_per_second: float = 0.0
+    tflops: float = 0.0
+    vocab_size: int = 0
+    sequence_length: int = 0
+    teacher_config: Path | None = None
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.ranks // self.ranks_per_node)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `plan_text` prints; bytes, seconds and parameters as numbers."""
+
+    config: Config
+    site: Site
+    sequence_length: int
+    student_parameters: int
+    teacher_parameters: int
+    micro_batch_size: int
+    memory: dict[int, RankMemory]  # by ZeRO stage
+    schedule: Schedule | None
+    checkpoint_bytes: dict[int, int]  # of the teacher steps that teach
+    shard_bytes: int  # 0: still to be made
+    most_shard_bytes: int  # of shards of which no sample is read twice
+    saved_bytes: int  # resumable checkpoints, the one being written included
+    trajectory_bytes: int  # that the run leaves
+    student_flops: float  # of one token, backward included
+    teacher_flops: float
+    tokens_per_second: float
+
+    @property
+    def tokens(self) -> int:
+        return self.config.total_samples * self.sequence_length
+
+    @property
+    def storage_bytes(self) -> int:
+        """Read from storage by all nodes together: each byte once, then passed on from node to node."""
+        return sum(self.checkpoint_bytes.values())
+
+    @property
+    def seconds(self) -> float:
+        """0 if no speed is known."""
+        return self.tokens / self.tokens_per_second if self.tokens_per_second else 0.0
+
+    def fits(self, stage: int) -> bool:
+        return self.memory[stage].total <= self.site.memory_gib * 2**30
+
+
+def make_plan(config: Config, site: Site) -> Plan:
+    """The plan of `config` on `site`.
+
+    Raises:
+        ValueError: the batch does not divide, or something is neither there to be read nor given; says what to give.
+    """
+    vocab_size, length, shard_bytes = _data(config, site)
+    with torch.device("meta"):
+        student = _student(config, vocab_size, length)
+        teacher, schedule, checkpoint_bytes = _teacher(config, site)
+    micro = _micro_batch_size(config, site)
+    dtype = config.engine.dtype
+    rows = micro * length if config.data.task == "clm" else round(micro * length * config.data.mask_rate)
+    passing = (
+        teacher_memory(teacher, config.teacher.dtype),
+        activation_memory(student, micro, length, dtype),
+        logits_memory(student, rows, config.objective.chunk_rows, dtype, teacher is not None),
+    )
+    share = rows / (micro * length)
+    student_flops = flops_per_step(work_of(student), 1, share, length, backward=True)
+    teacher_flops = flops_per_step(work_of(teacher), 1, share, length, backward=False) if teacher else 0.0
+    numbers = num_parameters(student)
+    leaves = sum(due_after(step, config).leave_checkpoint for step in range(1, config.steps + 1))
+    return Plan(
+        config=config,
+        site=site,
+        sequence_length=length,
+        student_parameters=numbers,
+        teacher_parameters=num_parameters(teacher) if teacher else 0,
+        micro_batch_size=micro,
+        memory={s: _with(student_memory(student, s, dtype, site.ranks), *passing) for s in range(4)},
+        schedule=schedule,
+        checkpoint_bytes=checkpoint_bytes,
+        shard_bytes=shard_bytes,
+        most_shard_bytes=config.total_samples * length * (2 if vocab_size <= 1 << 16 else 4),
+        saved_bytes=(config.save.keep + 1)
+        * numbers
+        * (12 + (BYTES[dtype] if config.engine.zero_stage else 0)),
+        trajectory_bytes=leaves * numbers * BYTES[dtype],
+        student_flops=student_flops,
+        teacher_flops=teacher_flops,
+        tokens_per_second=_tokens_per_second(config, site, student_flops + teacher_flops),
+    )
+
+
+def _with(memory: RankMemory, teacher: int, activations: int, logits: int) -> RankMemory:
+    held = (memory.weights, memory.optimizer, memory.gradients, memory.buckets)
+    return RankMemory(*held, teacher, activations, logits)
+
+
+def _data(config: Config, site: Site) -> tuple[int, int, int]:
+    """(vocabulary, sequence length, bytes of the shards or 0 if they are still to be made)."""
+    folder = Path(config.data.shards)
+    if (folder / INDEX_NAME).exists():
+        index = ShardIndex.load(folder)
+        num_bytes = sum(shard.bytes for split in index.splits.values() for shard in split.shards)
+        return index.tokenizer.vocab_size, index.sequence_length, num_bytes
+    if not (site.vocab_size and site.sequence_length):
+        raise ValueError(f"{folder} holds no shards yet: give --vocab-size and --sequence-length")
+    return site.vocab_size, site.sequence_length, 0
+
+
+def _student(config: Config, vocab_size: int, length: int) -> PreTrainedModel:
+    if config.model.init_from:
+        return _shape(config.data.task, _read(Path(config.model.init_from) / "config.json"))
+    model, sizes = config.model, {"vocab_size": vocab_size, "sequence_length": length}
+    return build_model(config.data.task, model.architecture, model.overrides, **sizes, special_ids={}, seed=0)
+
+
+def _shape(task: str, described: dict[str, Any]) -> PreTrainedModel:
+    """The model of a config.json's content."""
+    known = {key: value for key, value in described.items() if key != "model_type"}
+    return AUTO[task].from_config(AutoConfig.for_model(described["model_type"], **known))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as a model's config: {error}") from error
+    if "model_type" not in described:
+        raise ValueError(f"{path} names no model_type: give a model's config.json")
+    return described
+
+
+def _teacher(config: Config, site: Site) -> tuple[PreTrainedModel | None, Schedule | None, dict[int, int]]:
+    """(the teacher without weights, its schedule, bytes of each checkpoint that teaches)."""
+    if not config.teacher.trajectory:
+        return None, None, {}
+    folder = config.teacher.trajectory
+    is_there = "://" in folder or (Path(folder) / NAME).exists()
+    manifest = load_manifest(folder) if is_there else None
+    if not (site.teacher_config or manifest):
+        raise ValueError(
+            f"{folder} holds no trajectory yet: give the teacher's config.json as --teacher-config"
+        )
+    steps = list(manifest.checkpoints) if manifest else config.schedule.checkpoints
+    if not steps:
+        raise ValueError(
+            f"{folder} holds no trajectory yet: name the teacher's steps in schedule.checkpoints"
+        )
+    losses = manifest.losses if manifest else {}
+    schedule = make_schedule(config.schedule, steps, losses, config.steps, config.batch_size)
+    described = _read(site.teacher_config) if site.teacher_config else _config_of(manifest)
+    teacher = _shape(config.data.task, described)
+    needed = sorted({stage.checkpoint for stage in schedule.stages})
+    return teacher, schedule, {step: _bytes_of(manifest, step, teacher) for step in needed}
+
+
+def _config_of(manifest: Manifest | None) -> dict[str, Any]:
+    assert manifest is not None  # refused before
+    described: dict[str, Any] = json.loads(manifest.files_of(max(manifest.checkpoints)).read("config.json"))
+    return described
+
+
+def _bytes_of(manifest: Manifest | None, step: int, teacher: PreTrainedModel) -> int:
+    if manifest is None:  # public trajectories store 16 bits a number
+        return 2 * num_parameters(teacher)
+    return sum(size for size, _ in manifest.checkpoints[step].files.values())
+
+
+def _micro_batch_size(config: Config, site: Site) -> int:
+    share, remainder = divmod(config.batch_size, site.ranks)
+    micro = config.micro_batch_size or share
+    if remainder or not micro or share % micro:
+        raise ValueError(
+            f"batch_size {config.batch_size} must be {site.ranks} rank(s) x micro_batch_size {micro} x a whole number"
+        )
+    return micro
+
+
+def _tokens_per_second(config: Config, site: Site, flops: float) -> float:
+    """As given, else as the run in run_dir has measured, else from the operations a rank sustains, else 0."""
+    if site.tokens_per_second:
+        return site.tokens_per_second
+    measured = Path(config.run_dir) / METRICS
+    rows = read_rows(measured, "train") if measured.exists() else []
+    if rows:
+        return statistics.median(row["tokens_per_second"] for row in rows)
+    return site.ranks * site.tflops * 1e12 / flops

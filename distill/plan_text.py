@@ -1,0 +1,85 @@
+"""A plan as the user reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from distill.memory import RankMemory
+from distill.plan import Plan
+
+GIB, GB = 2**30, 1e9
+ESTIMATES = ("activations", "logits")
+
+
+def plan_text(plan: Plan) -> str:
+    """Several lines: models and budget, memory of a rank by ZeRO stage, schedule, storage, disk, time."""
+    parts = (_budget(plan), _memory(plan), _teaching(plan), _disk(plan), _time(plan))
+    return "\n\n".join(filter(None, ("\n".join(lines) for lines in parts)))
+
+
+def _budget(plan: Plan) -> Iterator[str]:
+    config, site = plan.config, plan.site
+    yield f"student   {plan.student_parameters / 1e6:,.1f} M parameters, {config.engine.dtype}"
+    if plan.teacher_parameters:
+        yield f"teacher   {plan.teacher_parameters / 1e6:,.1f} M parameters, {config.teacher.dtype}, whole on every rank"
+    yield (
+        f"budget    {config.steps:,} steps x {config.batch_size:,} sequences x {plan.sequence_length:,} tokens "
+        f"= {plan.tokens / 1e9:,.2f} G tokens"
+    )
+    accumulation = config.batch_size // site.ranks // plan.micro_batch_size
+    yield (
+        f"layout    {site.ranks} rank(s) on {site.nodes} node(s), {accumulation} micro-batch(es) of "
+        f"{plan.micro_batch_size} sequences a rank and step"
+    )
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    stages = list(plan.memory)
+    yield f"{'memory of a rank, GiB':<24}" + "".join(f"{f'ZeRO {s}':>10}" for s in stages)
+    for field in dataclasses.fields(RankMemory):
+        values = [getattr(plan.memory[s], field.name) for s in stages]
+        if any(values):
+            name = field.name + (" (estimate)" if field.name in ESTIMATES else "")
+            yield f"  {name:<22}" + "".join(f"{value / GIB:>10.2f}" for value in values)
+    yield f"  {'total':<22}" + "".join(f"{plan.memory[s].total / GIB:>10.2f}" for s in stages)
+    verdicts = ["fits" if plan.fits(s) else "too much" for s in stages]
+    yield f"  {f'of {plan.site.memory_gib:g} GiB':<22}" + "".join(f"{v:>10}" for v in verdicts)
+    yield f"this run: ZeRO {plan.config.engine.zero_stage}; ZeRO 0 is fp32 whatever engine.dtype says"
+
+
+def _teaching(plan: Plan) -> Iterator[str]:
+    if plan.schedule is None:
+        return
+    yield plan.schedule.table()
+    number, total, nodes = len(plan.checkpoint_bytes), plan.storage_bytes, plan.site.nodes
+    yield (
+        f"storage   {number} checkpoint(s) of {total / number / GB:,.2f} GB: {total / GB:,.1f} GB read in all, "
+        f"{total / nodes / GB:,.1f} GB by each node (each byte once, then from node to node)"
+    )
+
+
+def _disk(plan: Plan) -> Iterator[str]:
+    config = plan.config
+    to_make = f"{plan.most_shard_bytes / GB:,.1f} GB, less if samples are read more than once"
+    yield "shards    " + (f"{plan.shard_bytes / GB:,.1f} GB" if plan.shard_bytes else to_make)
+    yield f"saved     {plan.saved_bytes / GB:,.1f} GB: {config.save.keep} resumable checkpoints and the one being written"
+    if plan.trajectory_bytes:
+        yield f"leaves    {plan.trajectory_bytes / GB:,.1f} GB of trajectory"
+
+
+def _time(plan: Plan) -> Iterator[str]:
+    flops = plan.student_flops + plan.teacher_flops
+    yield (
+        f"work      {flops / 1e9:,.2f} GFLOP a token, {plan.teacher_flops / flops:.0%} of it the teacher's; "
+        f"{flops * plan.tokens / 1e18:,.1f} EFLOP in all"
+    )
+    if not plan.seconds:
+        yield "time      unknown: give --tokens-per-second, or --tflops that a rank sustains"
+        return
+    hours = plan.seconds / 3600
+    steps = plan.config.steps / plan.seconds
+    yield (
+        f"time      {hours:,.1f} h at {plan.tokens_per_second:,.0f} tokens/s ({steps:,.2f} steps/s): "
+        f"{hours * plan.site.ranks:,.0f} rank-hours"
+    )

@@ -1,0 +1,128 @@
+"""What `distill plan` says of a run is what the run then needs; where it can't know, it says what to give."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import LENGTH, VOCABULARY, config
+
+from distill.__main__ import main
+from distill.build import build_run
+from distill.distributed import start
+from distill.models import num_parameters
+from distill.plan import Plan, Site, make_plan
+from distill.plan_text import plan_text
+from distill.trajectory.manifest import load_manifest
+
+CONFIGS = Path(__file__).parent.parent / "distill" / "configs"
+ONE = Site(ranks=1, ranks_per_node=1)
+STUDENT: dict[str, Any] = {"schedule__kind": "explicit", "schedule__stages": [[0, 2], [5, 24]]}
+
+
+@pytest.fixture
+def plan(shards: Path, teacher_run: Path, tmp_path: Path) -> Plan:
+    taught = {**STUDENT, "teacher__trajectory": str(teacher_run / "trajectory")}
+    return make_plan(config(shards, tmp_path / "run", **taught), ONE)
+
+
+@pytest.mark.filterwarnings("ignore")  # of DeepSpeed and torch, about each other
+def test_parameters_and_schedule_are_those_of_the_run(
+    plan: Plan, shards: Path, teacher_run: Path, tmp_path: Path
+) -> None:
+    run = build_run(plan.config, start(), tmp_path)
+    assert plan.student_parameters == num_parameters(run.engine.model)
+    assert plan.schedule == run.schedule
+    assert plan.micro_batch_size == run.micro
+
+
+def test_storage_is_each_byte_of_the_checkpoints_that_teach_once(plan: Plan, teacher_run: Path) -> None:
+    known = load_manifest(teacher_run / "trajectory").checkpoints
+    expected = sum(size for step in (2, 24) for size, _ in known[step].files.values())
+    assert set(plan.checkpoint_bytes) == {2, 24}
+    assert plan.storage_bytes == expected
+
+
+def test_shards_that_are_there_are_counted_and_tell_vocabulary_and_length(plan: Plan, shards: Path) -> None:
+    assert plan.shard_bytes == sum(p.stat().st_size for p in shards.glob("*.tar"))
+    assert plan.sequence_length == LENGTH
+    assert plan.tokens == 12 * 8 * LENGTH
+
+
+def test_memory_decides_what_fits(plan: Plan) -> None:
+    total = plan.memory[1].total
+    tight = dataclasses.replace(plan, site=Site(memory_gib=total / 2**30))
+    assert tight.fits(1)
+    assert not dataclasses.replace(plan, site=Site(memory_gib=(total - 1) / 2**30)).fits(1)
+
+
+def test_time_comes_from_the_speed_given_else_measured_else_the_operations_sustained(
+    shards: Path, tmp_path: Path
+) -> None:
+    own = config(shards, tmp_path / "run")
+    assert make_plan(own, ONE).seconds == 0
+    by_operations = make_plan(own, dataclasses.replace(ONE, tflops=1e-6))
+    assert by_operations.tokens_per_second == pytest.approx(1e6 / by_operations.student_flops)
+    (tmp_path / "run").mkdir()
+    rows = [{"kind": "train", "step": i, "tokens_per_second": float(i)} for i in (1, 2, 9)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert make_plan(own, ONE).seconds == 12 * 8 * LENGTH / 2
+    assert make_plan(own, dataclasses.replace(ONE, tokens_per_second=96.0)).seconds == 32
+
+
+def test_teacher_run_says_what_trajectory_it_leaves(shards: Path, tmp_path: Path) -> None:
+    own = make_plan(config(shards, tmp_path, save__trajectory_every=4, save__trajectory_first=1), ONE)
+    assert own.trajectory_bytes == 5 * own.student_parameters * 4  # after steps 1, 2, 4, 8, 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "site", "sentence"),
+    [
+        ({"batch_size": 9}, Site(ranks=2), r"batch_size 9 must be 2 rank\(s\) x micro_batch_size 4 x"),
+        ({"batch_size": 4}, Site(ranks=8), r"batch_size 4 must be 8 rank\(s\) x micro_batch_size 0 x"),
+        ({"data__shards": "/no"}, ONE, "/no holds no shards yet: give --vocab-size and --sequence-length"),
+        ({"teacher__trajectory": "/no"}, ONE, "give the teacher's config.json as --teacher-config"),
+    ],
+)
+def test_what_can_not_be_known_is_asked_for(
+    changes: dict[str, Any], site: Site, sentence: str, shards: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make_plan(config(shards, tmp_path, **changes), site)
+
+
+def test_teacher_still_to_be_fetched_needs_its_steps_named(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": VOCABULARY}))
+    site = dataclasses.replace(ONE, teacher_config=tmp_path / "config.json")
+    with pytest.raises(ValueError, match="name the teacher's steps in schedule.checkpoints"):
+        make_plan(config(shards, tmp_path / "run", teacher__trajectory="/no"), site)
+
+
+def test_command_plans_a_published_pair_from_its_configs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The numbers of parameters are those of the model cards of Pythia 160M and 1.4B."""
+    pair = [str(CONFIGS / "gpt_neox_student.yaml"), f"run_dir={tmp_path}/run", "data.shards=/no"]
+    taught = ["teacher.trajectory=/no", "schedule.kind=equal", "schedule.checkpoints=[1000,143000]"]
+    site = ["--ranks=64", "--vocab-size=50304", "--sequence-length=2048", "--tokens-per-second=1e6"]
+    teacher = ["--teacher-config", str(CONFIGS.parent.parent / "slurm" / "pythia_1.4b.json")]
+    monkeypatch.setattr("sys.argv", ["distill", "plan", *pair, *taught, *site, *teacher])
+    assert main() == 0
+    said = capsys.readouterr().out
+    for line in (
+        "student   162.3 M parameters, bf16",
+        "teacher   1,414.6 M parameters, bf16, whole on every rank",
+        "layout    64 rank(s) on 8 node(s), 1 micro-batch(es) of 16 sequences a rank and step",
+        "storage   2 checkpoint(s) of 2.83 GB: 5.7 GB read in all, 0.7 GB by each node",
+        "ends on the final teacher: yes",
+        "time      11.7 h at 1,000,000 tokens/s",
+    ):
+        assert line in said
+
+
+def test_text_says_what_does_not_fit(plan: Plan) -> None:
+    assert "too much" not in plan_text(plan)
+    assert "too much" in plan_text(dataclasses.replace(plan, site=Site(memory_gib=0.0)))
