@@ -169,10 +169,9 @@ class SaveConfig:
         0, "first checkpoint of the trajectory; doubled until trajectory_every; 0: no log-spaced start"
     )
     trajectory_drop_every: int = _opt(
-        0, "the same inside the loss drop, where most is learned from a trajectory; 0: no more than elsewhere"
-    )
-    trajectory_drop: float = _opt(
-        0.5, "loss drop: the validation loss falls by more nats per doubling of steps between two checkpoints"
+        0,
+        "the same where the validation loss falls by more than 0.3 nats per doubling of steps, where most is learned "
+        "from a trajectory; 0: no more than elsewhere",
     )
     trajectory_to: str = _opt(
         "", "URL (s3://, gs://, az://) to send the trajectory to; empty: it stays in run_dir"

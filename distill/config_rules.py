@@ -45,7 +45,6 @@ NOT_NEGATIVE = (
     "save.trajectory_every",
     "save.trajectory_first",
     "save.trajectory_drop_every",
-    "save.trajectory_drop",
 )
 COLDEST_SOFT = 1e-4  # below it the teacher is its arg-max
 # A key of the schedule that the chosen kind doesn't read would be ignored in silence.

@@ -307,7 +307,10 @@ def is_trajectory_step(step: int, every: int, first: int) -> bool:
     return step % every == 0 or log_spaced
 
 
-def in_loss_drop(left: Sequence[Sequence[float]], drop: float) -> bool:
+LOSS_DROP = 0.3  # nats per doubling of steps: several times what a loss falls by on its plateaus
+
+
+def in_loss_drop(left: Sequence[Sequence[float]], drop: float = LOSS_DROP) -> bool:
     """Whether the loss fell by more than `drop` nats per doubling of steps between the last two checkpoints.
 
     left: their [step, validation loss].
@@ -335,7 +338,7 @@ def due_after(step: int, config: Config, left: Sequence[Sequence[float]] = ()) -
     """
     last, save = step == config.steps, config.save
     leave_checkpoint = is_trajectory_step(step, save.trajectory_every, save.trajectory_first)
-    if save.trajectory_drop_every and in_loss_drop(left, save.trajectory_drop):
+    if save.trajectory_drop_every and in_loss_drop(left):
         leave_checkpoint = leave_checkpoint or step % save.trajectory_drop_every == 0
     leave_checkpoint = leave_checkpoint or (last and save.trajectory_every > 0)
     return Due(

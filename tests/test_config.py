@@ -36,7 +36,7 @@ optim.lr optim.beta1 optim.beta2 optim.eps optim.weight_decay optim.clip optim.w
 optim.decay_share optim.final_lr_share
 engine.zero_stage engine.dtype
 save.every save.keep save.trajectory_every save.trajectory_first
-save.trajectory_drop_every save.trajectory_drop save.trajectory_to
+save.trajectory_drop_every save.trajectory_to
 log.every log.eval_every log.eval_samples
 """.split()
 

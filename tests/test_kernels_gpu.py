@@ -20,7 +20,7 @@ from kernel_truth import SETTINGS, assert_true_to_float64, largest, make_case, t
 from torch import Tensor
 
 from distill.kernels import SparseTargets, divergence, gpu, sparse_divergence
-from distill.kernels.gpu.plan import Device, Plan, candidates, plan
+from distill.kernels.gpu.plan import Device, Plan
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if IS_INTERPRETED:

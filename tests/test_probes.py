@@ -160,7 +160,7 @@ class Fixed(Habit):
     def __init__(self, probabilities: torch.Tensor) -> None:
         super().__init__(None)
         self.base_model = lambda input_ids, **_: SimpleNamespace(
-            last_hidden_state=probabilities.log().expand(*input_ids.shape, -1)
+            last_hidden_state=probabilities.log().float().expand(*input_ids.shape, -1)
         )
 
 

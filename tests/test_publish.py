@@ -203,7 +203,6 @@ def test_trajectory_is_denser_inside_the_loss_drop_also_when_the_run_goes_on(
     keys = {"steps": 40, "save__trajectory_every": 20, "save__trajectory_first": 5, "save__every": 7}
     dense = {
         "save__trajectory_drop_every": 2,
-        "save__trajectory_drop": 0.3,
         "optim__lr": 1e-2,
         "data__task": "clm",
     }
@@ -218,6 +217,6 @@ def test_trajectory_is_denser_inside_the_loss_drop_also_when_the_run_goes_on(
     assert {5, 10, 20, 40} < set(steps) < {5, *range(10, 39, 2), 40}  # it begins and ends within the run
     for step in sorted(set(steps) - {5, 10, 20, 40}):
         earlier = [[s, losses[s]] for s in steps if s < step]
-        assert step % 2 == 0 and in_loss_drop(earlier, 0.3)
+        assert step % 2 == 0 and in_loss_drop(earlier)
     state = json.loads((tmp_path / "whole" / "checkpoints" / "step_00000040" / "state.json").read_text())
     assert state["left"] == [[s, losses[s]] for s in steps[-2:]]
