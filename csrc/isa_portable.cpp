@@ -35,7 +35,7 @@ struct Portable {
     return each([=](int64_t i) { return x[i]; });
   }
   static void store(float* out, const F& x) { std::memcpy(out, x.lane, sizeof(F)); }
-  static void fetch(const char*) {}  // a hint that a processor may get
+  static void fetch(const char*) {}  // a hint to the cache, of which C++ knows none
   static F add(const F& a, const F& b) {
     return each([&](int64_t i) { return a.lane[i] + b.lane[i]; });
   }
