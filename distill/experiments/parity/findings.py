@@ -114,19 +114,34 @@ def _correlation_claims(
 ) -> list[dict[str, Any]]:
     if settings.k == 1:
         return []  # it has no lower degree
-    ratio = {
+    ratios = {
         name: [
-            at["inside"][1] / at["outside"][1]
+            [at["inside"][m] / at["outside"][m] for m in range(1, settings.k)]
             for at in (_at(name, pick, by_step) for pick, by_step in zip(picks, correlations, strict=True))
         ]
         for name in ("inside", "final")
     }
-    return [
-        _claim("degree-1 correlation inside the transition: in support at least 3 x off support, every seed",
-               _list(ratio["inside"], ".1f"), min(ratio["inside"]) >= 3, _t([r - 1 for r in ratio["inside"]])),
-        _claim("degree-1 correlation of the final teacher: at most 2 x off support, every seed",
-               _list(ratio["final"], ".1f"), max(ratio["final"]) <= 2, _t([r - 1 for r in ratio["final"]])),
-    ]  # fmt: skip
+    found = []
+    for title, ratio_of in (
+        ("degree-1 correlation", lambda by_degree: by_degree[0]),
+        ("correlation of the degree that leaks most", max),
+    ):
+        inside, final = ([ratio_of(by_degree) for by_degree in ratios[name]] for name in ("inside", "final"))
+        found += [
+            _claim(
+                f"{title} inside the transition: in support at least 3 x off support, every seed",
+                _list(inside, ".1f"),
+                min(inside) >= 3,
+                _t([ratio - 1 for ratio in inside]),
+            ),
+            _claim(
+                f"{title} of the final teacher: at most 2 x off support, every seed",
+                _list(final, ".1f"),
+                max(final) <= 2,
+                _t([ratio - 1 for ratio in final]),
+            ),
+        ]
+    return found
 
 
 def _steps(step: int | None) -> float:
