@@ -291,7 +291,9 @@ def check_split(model: PreTrainedModel) -> None:
     model.train(was_training)
     whole, split = whole.float(), split.float()
     rounding = 4 * torch.finfo(model.dtype).eps * whole.abs().max()  # other shapes of product, rounded apart
-    if not (whole - split).abs().max() <= SPLIT_TOLERANCE * whole.std() + rounding:  # not <=: a NaN is refused too
+    if (
+        not (whole - split).abs().max() <= SPLIT_TOLERANCE * whole.std() + rounding
+    ):  # not <=: a NaN is refused too
         raise ValueError(
             f"{model.config.model_type}: the logits are not head(trunk(x)); this architecture is not supported"
         )

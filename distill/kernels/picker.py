@@ -39,7 +39,6 @@ def pick(impl: Impl, student_NV: Tensor, teacher: Tensor | SparseTargets | None)
     return reference_value_and_grad if problem else room.value_and_grad
 
 
-@cache
 def _gpu() -> ModuleType:
     from distill.kernels import gpu  # takes a second to import, which a run on CPU need not wait for
 

@@ -16,7 +16,7 @@ try:
 
     load_problem = ""
 except ModuleNotFoundError as error:
-    if error.name != "triton":
+    if (error.name or "").split(".")[0] != "triton":
         raise
     load_problem = "triton is not installed: pip install triton, in the version requirements.txt names"
 
