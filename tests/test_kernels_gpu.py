@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from kernel_truth import SETTINGS, assert_true_to_float64, largest, make_case, t
 from torch import Tensor
 
 from distill.kernels import SparseTargets, divergence, gpu, sparse_divergence
-from distill.kernels.gpu.plan import Device, Plan, candidates, plan
+from distill.kernels.gpu.plan import Device, Plan, Shape, candidates, plan
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if IS_INTERPRETED:
@@ -75,7 +76,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
         points = Plan("points", POINT_TILES.get(name, 256), 4, ptx=not IS_INTERPRETED)
         monkeypatch.setattr(
-            launch, "plan", lambda target, *unused: TILES[name] if target == "dense" else points
+            launch, "plan", lambda shape, device: TILES[name] if shape.target == "dense" else points
         )
 
     return force
@@ -314,9 +315,8 @@ def test_programs_that_wait_for_one_another_give_what_separate_launches_give(kin
     student, teacher = (torch.randn(2048, V, device="cuda").bfloat16() for _ in range(2))
     labels = torch.randint(0, V, (2048,), device="cuda")
     labels[::7] = -100
-    chosen = plan(
-        "dense", kind, 2, V, 2048, Device("cuda", torch.cuda.get_device_properties(0).multi_processor_count)
-    )
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    chosen = plan(dense(kind, 2, V, rows=2048, align=math.gcd(8, V)), Device("cuda", processors))
     assert chosen.kernel == "split"
     results = []
     for kernel in ("split", "split", "phases"):
@@ -398,11 +398,11 @@ def test_offsets_beyond_32_bits_reach_the_right_row() -> None:
 
 @on_host
 def test_plan_splits_rows_that_pass_one_tile_and_keeps_short_ones_whole() -> None:
-    assert plan("dense", "forward_kl", 2, 32000, 8192, H200) == Plan("split", 4096, 4, 80, 8)
-    assert plan("dense", "jsd", 2, 128256, 8192, H200) == Plan("split", 4096, 4, 96, 32)
-    assert plan("dense", "tvd", 4, 32000, 8192, H200) == Plan("split", 2048, 4, 96, 16)
-    assert plan("dense", "forward_kl", 2, 8192, 8192, H200) == Plan("loop", 8192, 8, 80)
-    assert plan("dense", "forward_kl", 2, 17, 1, H200) == Plan("loop", 128, 4, 80)
+    assert plan(dense("forward_kl", 2, 32000), H200) == Plan("split", 4096, 4, 80, 8)
+    assert plan(dense("jsd", 2, 128256), H200) == Plan("split", 4096, 4, 96, 32)
+    assert plan(dense("tvd", 4, 32000), H200) == Plan("split", 2048, 4, 96, 16)
+    assert plan(dense("forward_kl", 2, 8192), H200) == Plan("loop", 8192, 8, 80)
+    assert plan(dense("forward_kl", 2, 17, rows=1, align=1), H200) == Plan("loop", 128, 4, 128)
 
 
 @on_host
@@ -410,29 +410,28 @@ def test_plan_never_waits_where_that_is_not_safe() -> None:
     """Elsewhere than on NVIDIA GPUs, and where a few rows would fill the device."""
     for device in (Device("hip", 304), Device("interpreter")):
         for rows in (1, 100, 8192):
-            chosen = plan("dense", "jsd", 2, 128256, rows, device)
+            chosen = plan(dense("jsd", 2, 128256, rows=rows), device)
             assert chosen.kernel in ("phases", "loop") and not chosen.ptx and chosen.registers is None
-    assert plan("dense", "forward_kl", 2, 128256, 64, Device("hip", 304)).kernel == "phases"
+    assert plan(dense("forward_kl", 2, 128256, rows=64), Device("hip", 304)).kernel == "phases"
     for processors in range(1, 200):
-        chosen = plan("dense", "forward_kl", 4, 262144, 8192, Device("cuda", processors))
+        chosen = plan(dense("forward_kl", 4, 262144), Device("cuda", processors))
         assert chosen.kernel == "loop" or chosen.programs_at_once * processors >= 4 * chosen.splits
 
 
 @on_host
 def test_plan_covers_every_column_and_a_held_row_fits_its_tile() -> None:
-    for columns in (1, 127, 128, 129, 4096, 8192, 8193, 30522, 50257, 128256, 262144):
-        for itemsize in (2, 4):
-            for kind in SETTINGS:
-                for chosen in (
-                    plan("dense", kind, itemsize, columns, 64, H200),
-                    *candidates(kind, itemsize, columns),
-                ):
-                    assert chosen.block & (chosen.block - 1) == 0 and chosen.block >= 32 * chosen.warps // 4
-                    assert (
-                        chosen.kernel == "loop"
-                        or chosen.block * chosen.splits >= columns > chosen.block * (chosen.splits - 1)
-                    )
-    assert candidates("forward_kl", 2, 32000)[0] == plan("dense", "forward_kl", 2, 32000, 8192, H200)
+    sizes = (1, 127, 128, 129, 4096, 8192, 8193, 30522, 50257, 128256, 262144)
+    for columns, itemsize, kind in itertools.product(sizes, (2, 4), SETTINGS):
+        shape = dense(kind, itemsize, columns, align=math.gcd(8, columns))
+        for chosen in (plan(shape, H200), *candidates(shape)):
+            assert chosen.block & (chosen.block - 1) == 0
+            held = chosen.block * chosen.splits
+            assert chosen.kernel == "loop" or held >= columns > held - chosen.block
+    assert candidates(dense("forward_kl", 2, 32000))[0] == plan(dense("forward_kl", 2, 32000), H200)
+
+
+def dense(kind: str, itemsize: int, columns: int, rows: int = 8192, align: int = 8) -> Shape:
+    return Shape("dense", kind, itemsize, rows, columns, align)
 
 
 @on_host

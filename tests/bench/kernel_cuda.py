@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from kernel_steps import TEMPERATURE
 from kernel_truth import SETTINGS, assert_true_to_float64, make_case, top_k_targets
 from measure import Step, medians
 
-from distill.kernels.gpu.launch import Call, run_plan
-from distill.kernels.gpu.plan import Plan, split_plan
+from distill.kernels.gpu.launch import Call, run_plan, shape_of
+from distill.kernels.gpu.plan import candidates
 from distill.kernels.terms import resolve_terms
 
 CHECKED = (17, 1000, 32000, 50257, 128256)
@@ -48,16 +46,10 @@ def sweep(vocabularies: tuple[int, ...], rows: int = 8192, repeats: int = 5) -> 
                 temperature_on="teacher", temperature_squared=False, vocab_size=V,
             )  # fmt: skip
             call = Call(logits, teacher, None, None, terms, grad)
-            steps = {str(p): Step(lambda p=p, call=call: run_plan(call, p)) for p in candidates(kind, V)}
+            steps = {
+                str(p): Step(lambda p=p, call=call: run_plan(call, p)) for p in candidates(shape_of(call))
+            }
             times = medians(steps, "cuda", repeats)
             print(f"sweep {kind} [{rows}, {V}] bf16: ms, share of copy speed at 6 bytes an element")
             for name, ms in sorted(times.items(), key=lambda item: item[1])[:6]:
                 print(f"  {ms:8.3f}  {6 * rows * V / (ms / 1e3) / speed:5.2f}  {name}", flush=True)
-
-
-def candidates(kind: str, V: int) -> Iterator[Plan]:
-    """Tiles and warps around what `plan` chooses."""
-    for block, warps in ((2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16)):
-        yield split_plan(kind, 2, V, block, warps)
-    for block, warps in ((4096, 8), (8192, 8), (8192, 16)):
-        yield Plan("loop", block, warps, 80)

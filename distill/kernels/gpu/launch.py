@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from distill.kernels.gpu.loop import loop_kernel
-from distill.kernels.gpu.plan import Device, Plan, Target, plan
+from distill.kernels.gpu.plan import Device, Plan, Shape, Target, plan
 from distill.kernels.gpu.points import Points, points_kernel
 from distill.kernels.gpu.rows import NUM_SUMS, How, Rows, Settings
 from distill.kernels.gpu.split import NUM_PARTS, split_kernel
@@ -66,11 +66,8 @@ class Launch:
 
 def run(call: Call, device: Device) -> Divergence:
     """The sums of a call; the gradient, if wanted, is in `call.grad_NV`."""
-    num_rows, columns = call.student_NV.shape
-    itemsize = max(matrix.itemsize for matrix in call.matrices)
-    chosen = plan(call.target, call.terms.kind, itemsize, columns, num_rows, device)
     ready = _with_whole_columns(call)
-    result = run_plan(ready, chosen)
+    result = run_plan(ready, plan(shape_of(ready), device))
     if call.grad_NV is not None and ready.grad_NV is not None and ready.grad_NV is not call.grad_NV:
         call.grad_NV.copy_(ready.grad_NV)
     return result
@@ -132,6 +129,21 @@ def _with_whole_columns(call: Call) -> Call:
     return dataclasses.replace(call, student_NV=student_NV, teacher=whole(call.teacher), grad_NV=grad_NV)
 
 
+def shape_of(call: Call) -> Shape:
+    """What the plan depends on; for columns that are contiguous."""
+    num_rows, columns = call.student_NV.shape
+    itemsize = max(matrix.itemsize for matrix in call.matrices)
+    align = _align(call.matrices)
+    padded = call.terms.vocab_size != columns
+    return Shape(
+        call.target, call.terms.kind, itemsize, num_rows, columns, align, padded, _is_hard_apart(call)
+    )
+
+
+def _is_hard_apart(call: Call) -> bool:
+    return call.terms.student_temperature != 1 and call.labels_N is not None
+
+
 def _phases(terms: Terms) -> tuple[str, ...]:
     return ("stats", "mixed", "grad") if terms.kind in ("jsd", "tvd") else ("stats", "grad")
 
@@ -175,7 +187,7 @@ def _how(call: Call, chosen: Plan, align: int) -> How:
         terms.kind,
         soft=terms.soft_factor != 0 and call.teacher is not None,
         hard=terms.hard_weight != 0 and has_labels,
-        hard_apart=terms.student_temperature != 1 and has_labels,
+        hard_apart=_is_hard_apart(call),
         align=align,
         whole=terms.vocab_size % align == 0,
         padded=terms.vocab_size != call.student_NV.shape[1],

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 REGISTERS, THREADS, MAX_PROGRAMS = 65536, 2048, 32  # of a multiprocessor of compute capability 8.0 or 9.0
-ROOM = 4  # times the programs of a row must fit the device, so that other streams can run the same kernel
+# Times the programs of a row must fit the device, so that other streams can run the same kernel, or a part of the
+# device be taken away.
+ROOM = 4
 
 Backend = Literal["cuda", "hip", "interpreter"]
 Target = Literal["dense", "argmax", "sparse", "sparse with tail", "labels"]
@@ -20,10 +22,28 @@ Target = Literal["dense", "argmax", "sparse", "sparse with tail", "labels"]
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice depends on."""
+    """Where a call runs."""
 
     backend: Backend
     num_processors: int = 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a call the choice depends on."""
+
+    target: Target
+    kind: str
+    itemsize: int  # bytes of the widest logits
+    rows: int
+    columns: int  # of the student
+    align: int = 8  # columns that can be loaded at once
+    padded: bool = False  # there are columns beyond the vocabulary
+    two_temperatures: bool = False  # the student's and that of its labels
+
+    @property
+    def is_plain(self) -> bool:
+        return self.align == 8 and not self.padded and not self.two_temperatures
 
 
 @dataclass(frozen=True)
@@ -44,65 +64,75 @@ class Plan:
         return min(REGISTERS // (threads * (self.registers or 128)), THREADS // threads, MAX_PROGRAMS)
 
 
-def plan(target: Target, kind: str, itemsize: int, columns: int, rows: int, device: Device) -> Plan:
-    """itemsize: bytes of the widest logits; columns: of the student's."""
-    if target != "dense":
-        return _portable(_points_plan(target, itemsize, columns), device)
-    held = held_plan(kind, itemsize, columns)
+def plan(shape: Shape, device: Device) -> Plan:
+    if shape.target != "dense":
+        return _portable(_points_plan(shape), device)
+    held = held_plan(shape)
     if held.splits == 1:
         return _portable(dataclasses.replace(held, kernel="loop"), device)
     if device.backend != "cuda":
         # Waiting for other programs is not safe everywhere. With few rows a program a row leaves the device idle.
-        chosen = (
-            dataclasses.replace(held, kernel="phases")
-            if rows < device.num_processors
-            else loop_plan(itemsize)
-        )
-        return _portable(chosen, device)
+        phases = dataclasses.replace(held, kernel="phases")
+        return _portable(phases if shape.rows < device.num_processors else loop_plan(shape), device)
     at_once = held.programs_at_once * device.num_processors
-    return held if at_once >= ROOM * held.splits else loop_plan(itemsize)
+    return held if at_once >= ROOM * held.splits else loop_plan(shape)
 
 
-def held_plan(kind: str, itemsize: int, columns: int, *, bytes_a_thread: int = 64) -> Plan:
-    """Rows split into tiles of 128 threads that hold `bytes_a_thread` of each side; one tile up to twice that."""
-    block = 128 * bytes_a_thread // itemsize
-    registers = 96 if kind in ("jsd", "tvd") else 80
-    if columns <= 2 * block:
-        tile = _power_of_2(columns)
-        return Plan("split", tile, 8 if tile > block else 4, registers)
-    return Plan("split", block, 4, registers, -(-columns // block))
+def held_plan(shape: Shape) -> Plan:
+    """Rows split into tiles of 128 threads that hold 64 bytes of each side; up to twice that is one tile."""
+    block = 8192 // shape.itemsize
+    if shape.columns <= 2 * block:
+        tile = _power_of_2(shape.columns)
+        return Plan("split", tile, 8 if tile > block else 4, _registers(shape))
+    return Plan("split", block, 4, _registers(shape), -(-shape.columns // block))
 
 
-def loop_plan(itemsize: int) -> Plan:
-    return Plan("loop", 8192 // itemsize, 8, 80)
+def loop_plan(shape: Shape) -> Plan:
+    return Plan("loop", 8192 // shape.itemsize, 8, _registers(shape))
 
 
-def _points_plan(target: Target, itemsize: int, columns: int) -> Plan:
-    if target == "sparse with tail":  # the points are marked in shared memory, 4 bytes a column
-        return Plan("points", 2048, 4, 72)
-    held = 32768 if target == "labels" else 16384
-    if columns * itemsize <= 2 * held:
-        tile = _power_of_2(columns)
-        return Plan("points", tile, max(4, 16 * tile * itemsize // (2 * held)), 64)
-    return Plan("points", 16384 // itemsize, 8, 80 if target == "argmax" else 72)
+def _registers(shape: Shape) -> int:
+    """The least of 80, 96 and 128 at which nothing spills: 6, 5 and 4 programs of 128 threads at once."""
+    aligned = shape.align == 8 and not shape.padded
+    if shape.kind == "forward_kl":
+        return 128 if shape.align == 1 else 80 if aligned else 96
+    fits_one_tile = shape.columns * shape.itemsize <= 16384
+    if not aligned or shape.two_temperatures or fits_one_tile:
+        return 128
+    return 80 if shape.kind == "reverse_kl" else 96
 
 
-def candidates(kind: str, itemsize: int, columns: int) -> list[Plan]:
+def _points_plan(shape: Shape) -> Plan:
+    more = 0 if shape.is_plain else 48 if shape.align == 1 else 16
+    if shape.target == "sparse with tail":  # the points are marked in shared memory, 4 bytes a column
+        return Plan("points", 2048, 4, 80 + more)
+    widest = {"labels": 65536, "sparse": 32768, "argmax": 16384}[shape.target] if shape.is_plain else 16384
+    if shape.columns * shape.itemsize <= widest:
+        tile = _power_of_2(shape.columns)
+        warps = max(4, min(16, tile * shape.itemsize // 2048))
+        return Plan("points", tile, warps, (64 if warps == 16 else 80) + more)
+    return Plan("points", 16384 // shape.itemsize, 8, 80 + more)
+
+
+def candidates(shape: Shape) -> list[Plan]:
     """Plans for whole teachers that a sweep on a GPU should try; the first is the one chosen."""
-    wide = held_plan(kind, itemsize, columns, bytes_a_thread=128)
-    plans = [
-        held_plan(kind, itemsize, columns),
-        Plan("split", 16384 // itemsize, 8, 80, -(-columns * itemsize // 16384)),
-        Plan("split", 16384 // itemsize, 8, 96, -(-columns * itemsize // 16384)),
-        dataclasses.replace(wide, registers=160),
-        Plan("split", 4096 // itemsize, 4, 64, -(-columns * itemsize // 4096)),
-        *(
-            Plan("loop", width // itemsize, warps, 80)
-            for width, warps in ((8192, 8), (16384, 8), (16384, 16))
-        ),
-        dataclasses.replace(held_plan(kind, itemsize, columns), kernel="phases"),
+
+    def split(size: int, warps: int, registers: int) -> Plan:
+        block = size // shape.itemsize
+        return Plan("split", block, warps, registers, -(-shape.columns // block))
+
+    registers = _registers(shape)
+    splits = [
+        split(8192, 4, registers),
+        split(16384, 8, registers),
+        split(16384, 8, registers + 16),
+        split(16384, 4, 168),
+        split(4096, 4, 64),
     ]
-    return [each for each in plans if each.kernel == "loop" or each.splits > 1]
+    sizes = ((8192, 8), (16384, 8), (16384, 16))
+    loops = [Plan("loop", size // shape.itemsize, warps, registers) for size, warps in sizes]
+    phases = dataclasses.replace(splits[0], kernel="phases")
+    return [each for each in (*splits, *loops, phases) if each.kernel == "loop" or each.splits > 1]
 
 
 def _portable(chosen: Plan, device: Device) -> Plan:
