@@ -22,18 +22,22 @@ struct Argument {
 
 // A block of logits, and where in memory the one after it lies: that is fetched while this one is worked on.
 struct Block {
-  const float* x;
+  const char* x;
+  Dtype dtype;
   int64_t n;  // a multiple of kLanes
-  float max;
   const char* next;
   int64_t next_size;  // bytes a column
 };
 
-// Sums over a block, in float.
+// Sums over a block, in float, and its largest logits; those pass over NaN.
+struct ExpSums {
+  float sum, max;
+};
 struct PairSums {
   float student, teacher;  // of the exponentials e_s, e_t
   float log_ratio;         // e_t * (x_t - x_s); for the reverse KL e_s * (x_s - x_t - center)
   float cross;             // e_t * x_s
+  float student_max, teacher_max;
 };
 struct MixSums {
   float value, mean;
@@ -43,19 +47,20 @@ struct MixSums {
 // logit is infinite; NaN goes through all of them. Scratch rows e_s, e_t are aligned to 64 bytes, logits are not.
 struct Loops {
   const char* name;
-  // Largest of x; a NaN may be passed over.
+  // Largest of x; passes over NaN.
   float (*maximum)(const float* x, int64_t n);
-  // n logits of a dtype as floats, padded with -inf to a multiple of kLanes. Returns the largest.
-  float (*widen[kNumDtypes])(const void* x, int64_t n, float* out);
-  // Rounds to nearest, ties to even.
-  void (*narrow[kNumDtypes])(const float* x, int64_t n, void* out);
   bool (*has_nan)(const float* x, int64_t n);
-  // e = exp of x; returns their sum. May be done in place.
-  float (*exps)(const Block& block, Argument argument, float* e);
-  PairSums (*pair)(const Block& s, const Block& t, Argument of_s, Argument of_t, float* e_s, float* e_t);
+  // n logits of a dtype as floats, padded with -inf to a multiple of kLanes.
+  void (*widen[kNumDtypes])(const char* x, int64_t n, float* out);
+  // Rounds to nearest, ties to even.
+  void (*narrow[kNumDtypes])(const float* x, int64_t n, char* out);
+  // e = exp of x. Of floats, may be done in place. By dtype of the logits.
+  ExpSums (*exps[kNumDtypes])(const Block& block, Argument argument, float* e);
+  // By dtype of both logits.
+  PairSums (*pair[kNumDtypes])(const Block& s, const Block& t, Argument of_s, Argument of_t, float* e_s, float* e_t);
   // As `pair`, but leaves x_s - x_t - center in `ratio`, in place of e_t, and sums that.
-  PairSums (*pair_reverse)(const Block& s, const Block& t, Argument of_s, Argument of_t, float center, float* e_s,
-                           float* ratio);
+  PairSums (*pair_reverse[kNumDtypes])(const Block& s, const Block& t, Argument of_s, Argument of_t, float center,
+                                       float* e_s, float* ratio);
   // With p = a e_s, q = b e_t, m = beta q + (1 - beta) p. Leaves v = log(p / m) in e_t and returns the sums of
   // q log(q / m) and p v.
   MixSums (*mix)(const float* e_s, float* e_t, int64_t n, float a, float b, float beta);

@@ -9,11 +9,11 @@ namespace distill {
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kSmallest = 1.17549435e-38f;  // normal float
 
-// e^x for K vectors of x <= 0, in place, with relative error below 2e-7 + 3e-9 |x|; exactly 0 from kLowest - 0.7 on;
+// e^x for K vectors of x < 88, in place, with relative error below 2e-7 + 3e-9 |x|; exactly 0 from kLowest - 0.7 on;
 // NaN stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2; e^x = 2^n e^r; the polynomial (minimax) is off by 9e-8. Each step
 // is taken for all vectors before the next, so that none has to wait for the one before it.
 template <class S, int K>
-inline void exp_negative(typename S::F (&x)[K]) {
+inline void exp_of(typename S::F (&x)[K]) {
   constexpr float kShift = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it rounds; 127 is the bias of exponents
   constexpr float kPolynomial[] = {4.189798e-2f, 1.6667637e-1f, 4.9999149e-1f, 9.9999971e-1f, 1.0f};
   typename S::F shifted[K], r[K], p[K];
@@ -47,49 +47,19 @@ struct LoopsOf {
   using F = typename S::F;
   static constexpr int64_t W = S::kWidth;
 
-  static F x_of(const float* logits, Argument argument) {
-    return S::fused_sub(S::load(logits), S::set(argument.scale), S::set(argument.reference));
+  static F x_of(F logits, Argument argument) {
+    return S::fused_sub(logits, S::set(argument.scale), S::set(argument.reference));
+  }
+
+  template <Dtype dtype>
+  static F load(const char* x, int64_t i) {
+    return S::template load_as<dtype>(x + i * size_of(dtype));
   }
 
   static float maximum(const float* x, int64_t n) {
     F most = S::set(-kInfinity);
     for (int64_t i = 0; i < n; i += W) most = S::max(S::load(x + i), most);
     return S::horizontal_max(most);
-  }
-
-  template <Dtype dtype>
-  static float widen(const void* x, int64_t n, float* out) {
-    const char* from = static_cast<const char*>(x);
-    F most = S::set(-kInfinity);
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      for (int64_t j = i; j < i + kLanes; j += W) {
-        const F value = S::template load_as<dtype>(from + j * size_of(dtype));
-        S::store(out + j, value);
-        most = S::max(value, most);
-      }
-    }
-    float result = S::horizontal_max(most);
-    if (i == n) return result;
-    alignas(64) char rest[kLanes * sizeof(float)] = {};
-    __builtin_memcpy(rest, from + i * size_of(dtype), static_cast<size_t>((n - i) * size_of(dtype)));
-    for (int64_t j = 0; j < kLanes; j += W) S::store(out + i + j, S::template load_as<dtype>(rest + j * size_of(dtype)));
-    for (int64_t j = i; j < i + kLanes; ++j) {
-      out[j] = j < n ? out[j] : -kInfinity;
-      result = out[j] > result ? out[j] : result;
-    }
-    return result;
-  }
-
-  template <Dtype dtype>
-  static void narrow(const float* x, int64_t n, void* out) {
-    char* to = static_cast<char*>(out);
-    int64_t i = 0;
-    for (; i + W <= n; i += W) S::template store_as<dtype>(to + i * size_of(dtype), S::load(x + i));
-    if (i == n) return;
-    alignas(64) char rest[W * sizeof(float)];
-    S::template store_as<dtype>(rest, S::load(x + i));
-    __builtin_memcpy(to + i * size_of(dtype), rest, static_cast<size_t>((n - i) * size_of(dtype)));
   }
 
   static bool has_nan(const float* x, int64_t n) {
@@ -101,45 +71,76 @@ struct LoopsOf {
     return S::sum(sum) != 0;
   }
 
-  static float exps(const Block& block, Argument argument, float* e) {
+  template <Dtype dtype>
+  static void widen(const char* x, int64_t n, float* out) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) S::store(out + i, load<dtype>(x, i));
+    alignas(64) char rest[W * sizeof(float)] = {};
+    __builtin_memcpy(rest, x + i * size_of(dtype), static_cast<size_t>((n - i) * size_of(dtype)));
+    if (i < n) S::store(out + i, load<dtype>(rest, 0));
+    for (int64_t j = n; j < padded(n); ++j) out[j] = -kInfinity;
+  }
+
+  template <Dtype dtype>
+  static void narrow(const float* x, int64_t n, char* out) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) S::template store_as<dtype>(out + i * size_of(dtype), S::load(x + i));
+    if (i == n) return;
+    alignas(64) char rest[W * sizeof(float)];
+    S::template store_as<dtype>(rest, S::load(x + i));
+    __builtin_memcpy(out + i * size_of(dtype), rest, static_cast<size_t>((n - i) * size_of(dtype)));
+  }
+
+  template <Dtype dtype>
+  static ExpSums exps(const Block& block, Argument argument, float* e) {
     constexpr int K = kLanes / W;
-    F sum = S::set(0);
+    F sum = S::set(0), most = S::set(-kInfinity);
     for (int64_t i = 0; i < block.n; i += K * W) {
       S::fetch(block.next + i * block.next_size);
       F x[K];
-      for (int k = 0; k < K; ++k) x[k] = x_of(block.x + i + k * W, argument);
-      exp_negative<S>(x);
+      for (int k = 0; k < K; ++k) {
+        const F logits = load<dtype>(block.x, i + k * W);
+        most = S::max(logits, most);
+        x[k] = x_of(logits, argument);
+      }
+      exp_of<S>(x);
       for (int k = 0; k < K; ++k) {
         S::store(e + i + k * W, x[k]);
         sum = S::add(sum, x[k]);
       }
     }
-    return S::sum(sum);
+    return {S::sum(sum), S::horizontal_max(most)};
   }
 
+  template <Dtype dtype>
   static PairSums pair(const Block& s, const Block& t, Argument of_s, Argument of_t, float* e_s, float* e_t) {
-    return pair_of<false>(s, t, of_s, of_t, 0, e_s, e_t);
+    return pair_of<dtype, false>(s, t, of_s, of_t, 0, e_s, e_t);
   }
 
+  template <Dtype dtype>
   static PairSums pair_reverse(const Block& s, const Block& t, Argument of_s, Argument of_t, float center, float* e_s,
                                float* ratio) {
-    return pair_of<true>(s, t, of_s, of_t, center, e_s, ratio);
+    return pair_of<dtype, true>(s, t, of_s, of_t, center, e_s, ratio);
   }
 
-  template <bool reverse>
+  template <Dtype dtype, bool reverse>
   static PairSums pair_of(const Block& s, const Block& t, Argument of_s, Argument of_t, float center, float* e_s,
                           float* other) {
     constexpr int K = kLanes / W;  // vectors of each model at a time
     F student = S::set(0), teacher = S::set(0), log_ratio = S::set(0), cross = S::set(0);
+    F most_s = S::set(-kInfinity), most_t = S::set(-kInfinity);
     for (int64_t i = 0; i < s.n; i += K * W) {
       S::fetch(s.next + i * s.next_size);
       S::fetch(t.next + i * t.next_size);
       F x[2 * K], e[2 * K];
       for (int k = 0; k < K; ++k) {
-        e[k] = x[k] = x_of(s.x + i + k * W, of_s);
-        e[K + k] = x[K + k] = x_of(t.x + i + k * W, of_t);
+        const F logits_s = load<dtype>(s.x, i + k * W), logits_t = load<dtype>(t.x, i + k * W);
+        most_s = S::max(logits_s, most_s);
+        most_t = S::max(logits_t, most_t);
+        e[k] = x[k] = x_of(logits_s, of_s);
+        e[K + k] = x[K + k] = x_of(logits_t, of_t);
       }
-      exp_negative<S>(e);
+      exp_of<S>(e);
       for (int k = 0; k < K; ++k) {
         const F p = e[k], q = e[K + k], x_s = x[k], x_t = x[K + k];
         student = S::add(student, p);
@@ -156,7 +157,8 @@ struct LoopsOf {
         S::store(e_s + i + k * W, p);
       }
     }
-    return {S::sum(student), S::sum(teacher), S::sum(log_ratio), S::sum(cross)};
+    return {S::sum(student), S::sum(teacher),           S::sum(log_ratio),
+            S::sum(cross),   S::horizontal_max(most_s), S::horizontal_max(most_t)};
   }
 
   static MixSums mix(const float* e_s, float* e_t, int64_t n, float a, float b, float beta) {
@@ -213,12 +215,12 @@ struct LoopsOf {
   static constexpr Loops table(const char* name) {
     return {name,
             maximum,
+            has_nan,
             {widen<kFloat>, widen<kBfloat16>, widen<kHalf>},
             {narrow<kFloat>, narrow<kBfloat16>, narrow<kHalf>},
-            has_nan,
-            exps,
-            pair,
-            pair_reverse,
+            {exps<kFloat>, exps<kBfloat16>, exps<kHalf>},
+            {pair<kFloat>, pair<kBfloat16>, pair<kHalf>},
+            {pair_reverse<kFloat>, pair_reverse<kBfloat16>, pair_reverse<kHalf>},
             mix,
             distance,
             scaled,

@@ -13,6 +13,8 @@ double moved(double sum, double weights, double change, double rise) {
   return (change == 0 ? sum : sum + weights * change) * decay;
 }
 
+const float* floats(const Block& block) { return reinterpret_cast<const float*>(block.x); }
+
 }  // namespace
 
 RowKernel::RowKernel(const Loops& loops, const Terms& terms, float* scratch)
@@ -51,42 +53,62 @@ RowResult RowKernel::run(const Row& row) {
   return result_;
 }
 
-Block RowKernel::read(const Logits& row, int64_t block, float* buffer) const {
-  const int64_t start = block * kBlock, n = std::min(kBlock, terms_.vocab_size - start);
-  const char* from = row.data + start * size_of(row.dtype);
-  const bool is_direct = row.dtype == kFloat && n == kBlock;
-  const float* x = is_direct ? reinterpret_cast<const float*>(from) : buffer;
-  const float max = is_direct ? loops_.maximum(x, n) : loops_.widen[row.dtype](from, n, buffer);
+// As it lies in memory if that can be, else as floats in the buffer.
+Block RowKernel::read(const Logits& row, int64_t index, bool as_floats, float* buffer) const {
+  const int64_t start = index * kBlock, n = std::min(kBlock, terms_.vocab_size - start), size = size_of(row.dtype);
+  const char* from = row.data + start * size;
   // The block after the last is the next row's first, most often; fetching what is not there does no harm.
-  return {x, padded(n), max, from + n * size_of(row.dtype), size_of(row.dtype)};
+  const char* next = from + n * size;
+  if (n == kBlock && (row.dtype == kFloat || !as_floats)) return {from, row.dtype, n, next, size};
+  loops_.widen[row.dtype](from, n, buffer);
+  return {reinterpret_cast<const char*>(buffer), kFloat, padded(n), next, size};
+}
+
+// The first block is looked through for its largest logit, which is the reference of all later ones unless they
+// hold one that is far above.
+void RowKernel::sweep(const Block& block, int64_t index, Softmax* softmax) {
+  float* e = softmax->exps + index * kBlock;
+  if (index == 0) softmax->raise(loops_.maximum(floats(block), block.n));
+  ExpSums sums = loops_.exps[block.dtype](block, softmax->argument(), e);
+  if (!softmax->fits(sums.max)) {
+    softmax->raise(sums.max);
+    sums = loops_.exps[block.dtype](block, softmax->argument(), e);
+  }
+  softmax->add(index, sums);
 }
 
 void RowKernel::sweep_student(const Row& row) {
-  for (int64_t block = 0; block < num_blocks_; ++block) {
-    const Block s = read(row.student, block, student_buffer_);
-    student_.raise(block, s.max);
-    student_.sum += loops_.exps(s, student_.argument(), student_.exps + block * kBlock);
-    sweep_hard(s, block);
+  for (int64_t index = 0; index < num_blocks_; ++index) {
+    const Block s = read(row.student, index, index == 0, student_buffer_);
+    sweep(s, index, &student_);
+    if (is_hard_apart_) sweep(s, index, &softmaxes_.hard);
   }
   student_.finish();
   if (is_hard_apart_) softmaxes_.hard.finish();
-}
-
-void RowKernel::sweep_hard(const Block& s, int64_t block) {
-  if (!is_hard_apart_) return;
-  Softmax& hard = softmaxes_.hard;
-  hard.raise(block, s.max);
-  hard.sum += loops_.exps(s, hard.argument(), hard.exps + block * kBlock);
 }
 
 RowKernel::Moments RowKernel::sweep_both(const Row& row) {
   teacher_.start(num_blocks_, terms_.teacher_temperature);
   centers_.resize(static_cast<size_t>(num_blocks_));
   Moments moments;
-  for (int64_t block = 0; block < num_blocks_; ++block) {
-    const Block s = read(row.student, block, student_buffer_), t = read(row.teacher, block, teacher_buffer_);
-    moments = sweep_pair(s, t, block, moments);
-    sweep_hard(s, block);
+  for (int64_t index = 0; index < num_blocks_; ++index) {
+    const bool as_floats = index == 0 || row.student.dtype != row.teacher.dtype;
+    const Block s = read(row.student, index, as_floats, student_buffer_);
+    const Block t = read(row.teacher, index, as_floats, teacher_buffer_);
+    if (index == 0) {
+      raise(loops_.maximum(floats(s), s.n), loops_.maximum(floats(t), t.n), &moments);
+      center_ = terms_.kind == kReverseKl ? center(s, t) : 0;
+    }
+    PairSums sums = pair(s, t, index);
+    if (!student_.fits(sums.student_max) || !teacher_.fits(sums.teacher_max)) {
+      raise(sums.student_max, sums.teacher_max, &moments);
+      sums = pair(s, t, index);
+    }
+    student_.add(index, {sums.student, sums.student_max});
+    teacher_.add(index, {sums.teacher, sums.teacher_max});
+    moments.log_ratio += sums.log_ratio + static_cast<double>(sums.student) * centers_[static_cast<size_t>(index)];
+    moments.cross += sums.cross;
+    if (is_hard_apart_) sweep(s, index, &softmaxes_.hard);
   }
   student_.finish();
   teacher_.finish();
@@ -94,39 +116,33 @@ RowKernel::Moments RowKernel::sweep_both(const Row& row) {
   return moments;
 }
 
-RowKernel::Moments RowKernel::sweep_pair(const Block& s, const Block& t, int64_t block, Moments moments) {
+PairSums RowKernel::pair(const Block& s, const Block& t, int64_t index) {
+  float *e_s = student_.exps + index * kBlock, *e_t = teacher_.exps + index * kBlock;
+  const float center = static_cast<float>(center_);
+  centers_[static_cast<size_t>(index)] = center;
+  if (terms_.kind != kReverseKl) return loops_.pair[s.dtype](s, t, student_.argument(), teacher_.argument(), e_s, e_t);
+  return loops_.pair_reverse[s.dtype](s, t, student_.argument(), teacher_.argument(), center, e_s, e_t);
+}
+
+// Moves both references and what was summed against them.
+void RowKernel::raise(float student_max, float teacher_max, Moments* moments) {
   const double student_sum = student_.sum, teacher_sum = teacher_.sum;
-  const double s_rise = student_.raise(block, s.max), t_rise = teacher_.raise(block, t.max);
-  if (s_rise != 0 || t_rise != 0) {
-    moments.log_ratio = terms_.kind == kReverseKl ? moved(moments.log_ratio, student_sum, t_rise - s_rise, s_rise)
-                                                  : moved(moments.log_ratio, teacher_sum, s_rise - t_rise, t_rise);
-    moments.cross = moved(moments.cross, teacher_sum, -s_rise, t_rise);
-  }
-  const int64_t start = block * kBlock;
-  float *e_s = student_.exps + start, *e_t = teacher_.exps + start;
-  PairSums sums;
-  if (terms_.kind == kReverseKl) {
-    const double rise = t_rise - s_rise;
-    const size_t i = static_cast<size_t>(block);
-    centers_[i] = block == 0 ? center(s, t) : static_cast<float>(centers_[i - 1] + rise);
-    sums = loops_.pair_reverse(s, t, student_.argument(), teacher_.argument(), centers_[i], e_s, e_t);
-    moments.log_ratio += static_cast<double>(sums.student) * centers_[i];
-  } else {
-    sums = loops_.pair(s, t, student_.argument(), teacher_.argument(), e_s, e_t);
-  }
-  student_.sum += sums.student;
-  teacher_.sum += sums.teacher;
-  return {moments.log_ratio + sums.log_ratio, moments.cross + sums.cross};
+  const double s_rise = student_.raise(student_max), t_rise = teacher_.raise(teacher_max);
+  moments->log_ratio = terms_.kind == kReverseKl ? moved(moments->log_ratio, student_sum, t_rise - s_rise, s_rise)
+                                                 : moved(moments->log_ratio, teacher_sum, s_rise - t_rise, t_rise);
+  moments->cross = moved(moments->cross, teacher_sum, -s_rise, t_rise);
+  if (terms_.kind == kReverseKl) center_ += t_rise - s_rise;
 }
 
 // The log ratio at the student's largest logit of the first block. Around it the gradient of the reverse KL, a
 // difference of log ratios and their mean, keeps its digits when a sharp teacher makes both large.
 float RowKernel::center(const Block& s, const Block& t) const {
   int64_t i = 0;
-  while (i + 1 < s.n && s.x[i] != s.max) ++i;
+  const float max = loops_.maximum(floats(s), s.n);
+  while (i + 1 < s.n && floats(s)[i] != max) ++i;
   const Argument of_s = student_.argument(), of_t = teacher_.argument();
-  const float ratio = (s.x[i] * of_s.scale - of_s.reference) - (t.x[i] * of_t.scale - of_t.reference);
-  return std::isfinite(ratio) ? ratio : 0;
+  const float x_s = floats(s)[i] * of_s.scale - of_s.reference, x_t = floats(t)[i] * of_t.scale - of_t.reference;
+  return std::isfinite(x_s - x_t) ? x_s - x_t : 0;
 }
 
 void RowKernel::dense(const Row& row, double scale) {
@@ -190,10 +206,10 @@ void RowKernel::arg_max(const Row& row, double scale) {
 bool RowKernel::sweep_for_max(const Logits& row) {
   teacher_.start(num_blocks_, 1);
   bool is_known = true;
-  for (int64_t block = 0; block < num_blocks_; ++block) {
-    const Block t = read(row, block, teacher_buffer_);
-    teacher_.raise(block, t.max);
-    is_known = is_known && !loops_.has_nan(t.x, t.n);
+  for (int64_t index = 0; index < num_blocks_; ++index) {
+    const Block t = read(row, index, true, teacher_buffer_);
+    teacher_.add(index, {0, loops_.maximum(floats(t), t.n)});
+    is_known = is_known && !loops_.has_nan(floats(t), t.n);
   }
   return is_known && std::isfinite(teacher_.max());
 }
@@ -238,12 +254,11 @@ void RowKernel::sweep_others(const Row& row) {
   for (int64_t k = 0; k < row.sparse.size; ++k) {
     if (row.sparse.probs[k] != 0) teacher_.exps[row.sparse.ids[k]] = static_cast<float>(kNoLogit);
   }
-  for (int64_t block = 0; block < num_blocks_; ++block) {
-    const int64_t start = block * kBlock, n = padded(std::min(kBlock, terms_.vocab_size - start));
-    float* x = teacher_.exps + start;
-    const Block others{x, n, loops_.maximum(x, n), nullptr, 0};
-    teacher_.raise(block, others.max);
-    teacher_.sum += loops_.exps(others, teacher_.argument(), x);
+  for (int64_t index = 0; index < num_blocks_; ++index) {
+    const int64_t start = index * kBlock, n = padded(std::min(kBlock, terms_.vocab_size - start));
+    const char* x = reinterpret_cast<const char*>(teacher_.exps + start);
+    teacher_.raise(loops_.maximum(teacher_.exps + start, n));  // before, as the logits are written over
+    sweep({x, kFloat, n, x, 0}, index, &teacher_);
   }
   teacher_.finish();
 }
@@ -264,9 +279,9 @@ float RowKernel::logit(const Logits& row, int64_t column) const {
 }
 
 int64_t RowKernel::first_max(const Logits& row, const Softmax& softmax) const {
-  const Block x = read(row, softmax.best_block(), student_buffer_);
+  const Block x = read(row, softmax.best_block(), true, student_buffer_);
   int64_t i = 0;
-  while (i + 1 < x.n && x.x[i] != softmax.max()) ++i;
+  while (i + 1 < x.n && floats(x)[i] != softmax.max()) ++i;
   return softmax.best_block() * kBlock + i;
 }
 

@@ -60,13 +60,14 @@ class RowKernel {
 
   // First sweep: reads each logit once.
   void sweep_student(const Row& row);
+  void sweep(const Block& block, int64_t index, Softmax* softmax);
   Moments sweep_both(const Row& row);
-  Moments sweep_pair(const Block& s, const Block& t, int64_t block, Moments moments);
+  PairSums pair(const Block& s, const Block& t, int64_t index);
+  void raise(float student_max, float teacher_max, Moments* moments);
   float center(const Block& s, const Block& t) const;
   void sweep_others(const Row& row);
   bool sweep_for_max(const Logits& row);
-  void sweep_hard(const Block& s, int64_t block);
-  Block read(const Logits& row, int64_t block, float* buffer) const;
+  Block read(const Logits& row, int64_t index, bool as_floats, float* buffer) const;
 
   // What the teacher and the label say of the row; sets the gradient. `scale` is its factor.
   void dense(const Row& row, double scale);
@@ -87,6 +88,7 @@ class RowKernel {
   Softmaxes softmaxes_;
   Softmax &student_ = softmaxes_.student, &teacher_ = softmaxes_.teacher;
   std::vector<float> centers_;  // of each block, for the reverse KL
+  double center_ = 0;
   Gradient gradient_;
   RowResult result_;
 };

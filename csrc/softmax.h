@@ -1,4 +1,4 @@
-// A softmax of a row that is read once: its exps, block by block, against the largest logit so far.
+// A softmax of a row that is read once: its exps, block by block, against about the largest logit so far.
 #pragma once
 
 #include <cmath>
@@ -24,19 +24,27 @@ class Softmax {
     references_.assign(static_cast<size_t>(num_blocks), kNoLogit);
   }
 
-  // Takes over the largest logit of a block. Returns by how much the reference rose.
-  double raise(int64_t block, float block_max) {
-    double rise = 0;
-    if (block_max > max_) {
-      max_ = block_max;
+  // Whether the exps of logits up to this one stay far from overflow without another reference.
+  bool fits(float largest) const { return largest * static_cast<double>(scale_) <= reference_ + kSlack; }
+
+  // Makes the logit the reference, if it is larger. Returns by how much that rose.
+  double raise(float logit) {
+    const double reference = static_cast<float>(logit * static_cast<double>(scale_));
+    if (!(reference > reference_)) return 0;
+    const double rise = reference_ > kNoLogit ? reference - reference_ : 0;
+    reference_ = reference;
+    sum *= decay(rise);
+    return rise;
+  }
+
+  // Takes in the exps of a block.
+  void add(int64_t block, ExpSums exps_of_block) {
+    if (exps_of_block.max > max_) {
+      max_ = exps_of_block.max;
       best_block_ = block;
-      const double reference = static_cast<float>(max_ * scale_);
-      if (reference_ > kNoLogit) rise = reference - reference_;
-      reference_ = reference;
-      sum *= decay(rise);
     }
     references_[static_cast<size_t>(block)] = reference_;
-    return rise;
+    sum += exps_of_block.sum;
   }
 
   // After the last block. A row of nothing but -inf has no distribution: all that follows is NaN.
@@ -70,8 +78,10 @@ class Softmax {
 
  private:
   std::vector<double> references_, factors_;  // of each block
+  static constexpr double kSlack = 8;
+
   double max_ = kNoLogit;
-  double reference_ = kNoLogit;  // of the exps: the largest logit / T, as a float
+  double reference_ = kNoLogit;  // of the exps: about the largest logit / T, as a float
   float scale_ = 1;              // 1 / T
   double log_sum_ = 0;
   int64_t best_block_ = 0;

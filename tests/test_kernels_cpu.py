@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distill.kernels import Divergence, SparseTargets, cpu, divergence, sparse_divergence
+from distill.kernels.reference import reference_divergence
 from distill.kernels.terms import Terms, resolve_terms
 
 pytestmark = pytest.mark.skipif(bool(cpu.load_problem), reason=cpu.load_problem or "built")
@@ -104,6 +105,27 @@ def test_exponentials_keep_their_digits_down_to_the_smallest_and_are_zero_below(
     student[0, 1] = -math.inf
     _, grad = run(student, None, labels, soft_weight=0, hard_weight=1)
     assert grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "steps", [(0, 7, 14, 50), (-1e4, 0, 9, 1e4), (90, 0, -90, 5), (-math.inf, -math.inf, 3, 200)]
+)
+def test_largest_logits_that_rise_or_fall_between_blocks_cost_no_digits(
+    isa: str, kind: str, steps: tuple[float, ...]
+) -> None:
+    student, teacher = logits(2, 4096), logits(2, 4096)
+    for logits_NV, order in ((student, steps), (teacher, steps[::-1] if kind != "reverse_kl" else steps)):
+        logits_NV.view(2, 4, 1024).add_(torch.tensor(order)[None, :, None])
+    labels = torch.tensor([4000, 5])
+    sums, grad = run(student, teacher, labels, kind=kind, hard_weight=0.5)
+    leaf = student.double().requires_grad_()
+    terms = terms_of(4096, kind=kind, hard_weight=0.5)
+    true = reference_divergence(leaf, teacher.double(), labels, None, terms)
+    assert all(torch.allclose(a.double(), b.double(), rtol=2e-6) for a, b in zip(sums, true, strict=True))
+    if true.loss.isfinite():
+        true.loss.backward()
+        assert (grad - leaf.grad).abs().max() < 2e-6 * leaf.grad.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
