@@ -191,6 +191,16 @@ def test_main_kernels_compile_without_spills_and_with_wide_loads(
     check(asked, 90, tmp_path)
 
 
+def test_the_kernel_that_scales_a_gradient_has_wide_loads(compile_for: Any, tmp_path: Path) -> None:
+    from distill.kernels.gpu.scale import BLOCK, scale_kernel
+
+    compile_for(90)
+    matrix, factor = torch.empty(64, 32000, dtype=BF16, device="meta"), torch.empty((), device="meta")
+    compiled = scale_kernel.warmup(matrix, 32000, 64, 32000, factor, BLOCK, grid=(64,), num_warps=8)
+    report = report_of(compiled.asm["cubin"], tmp_path)
+    assert report.stack == 0 and report.wide_loads >= 1 and report.halfword_loads == 0, report
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 80])
 @pytest.mark.parametrize("asked", SHIPPED, ids=str)

@@ -250,6 +250,26 @@ def test_edge_memory_of_any_strides_is_read_and_written(use: Any) -> None:
 
 
 @on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_edge_a_gradient_is_scaled_in_float32_whatever_its_strides(dtype: torch.dtype) -> None:
+    wide = torch.randn(3, 5008, device=DEVICE).to(dtype)
+    for gradient in (wide[:, :5001], wide[:, 0], wide.T, wide[:0]):
+        before, factor = gradient.double(), torch.tensor(1 / 3, device=DEVICE)
+        assert gpu.scale_(gradient, factor) is gradient
+        assert torch.equal(gradient, (before.float() * factor).to(dtype))
+    assert gpu.scale_(wide[0], torch.tensor(math.nan, device=DEVICE)).isnan().all()
+
+
+@on_device
+def test_edge_a_gradient_times_one_is_itself() -> None:
+    """Bits that a multiplication would change, if there were one."""
+    gradient = torch.tensor([[float("nan"), -0.0, 1e-45]], device=DEVICE)
+    bits = gradient.clone().view(torch.int32)
+    gpu.scale_(gradient, torch.ones((), device=DEVICE))
+    assert torch.equal(gradient.view(torch.int32), bits)
+
+
+@on_device
 def test_edge_no_rows_are_a_loss_of_zero() -> None:
     empty = torch.empty(0, 17, device=DEVICE)
     assert [each.item() for each in divergence(empty, empty, impl="triton")] == [0.0] * 6

@@ -364,8 +364,9 @@ def test_nan_in_a_row_that_counts_is_a_nan_loss_and_gradient(impl: Any) -> None:
     assert found[0].isnan() and found[7].isnan().any()
 
 
-def test_backward_runs_once_and_says_so() -> None:
-    loss = Case().fused().loss
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_backward_runs_once_and_says_so(factor: float) -> None:
+    loss = factor * Case().fused().loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

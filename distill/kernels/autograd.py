@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.kernels.terms import Divergence, SparseTargets, Terms
+from distill.kernels.upstream import scale_
 
 # (student_NV, teacher, labels_N, weights_N, terms, grad_NV) -> sums. Writes d loss / d student over grad_NV
 # [N, V] if it is not None; grad_NV has the dtype of student_NV and may be the same memory.
@@ -77,4 +78,4 @@ class _Differentiable(torch.autograd.Function):
         (grad_NV,) = ctx.saved_tensors
         # A compiled graph may not change what it saved; it plans its memory itself.
         is_compiling = torch.compiler.is_compiling()
-        return (grad_NV * loss_grad if is_compiling else grad_NV.mul_(loss_grad)), *(None,) * 9
+        return (grad_NV * loss_grad if is_compiling else scale_(grad_NV, loss_grad)), *(None,) * 9

@@ -16,6 +16,7 @@ from torch import Tensor
 from distill.head import Head
 from distill.kernels.picker import Impl, pick
 from distill.kernels.terms import Divergence, SparseTargets, Terms
+from distill.kernels.upstream import scale_
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         """Scales in place and casts once, so it runs once; the scalar stays on its device."""
-        scaled = (None if each is None else each.mul_(loss_grad) for each in ctx.saved_tensors)
+        scaled = (None if each is None else scale_(each, loss_grad) for each in ctx.saved_tensors)
         cast = (x if x is None else x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True))
         return *cast, None, None, None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.kernels.terms import Divergence, SparseTargets, Terms
 
 try:
-    from distill.kernels.gpu import op
+    from distill.kernels.gpu import op, scale
 
     load_problem = ""
 except ModuleNotFoundError as error:
@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
         raise
     load_problem = "triton is not installed: pip install triton, in the version requirements.txt names"
 
-__all__ = ["load_problem", "problem_with", "value_and_grad"]
+__all__ = ["load_problem", "problem_with", "scale_", "value_and_grad"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAST_CAPABILITY = (8, 0)
 
@@ -49,6 +49,12 @@ def value_and_grad(
     id of the targets that is none makes `soft` NaN: to look for them beforehand would be to wait.
     """
     return op.divergence(student_NV, teacher, labels_N, weights_N, terms, grad_NV)
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """`gradient` times a number on its device, in place; a pass over memory only where that number is not 1."""
+    with op.current(gradient.device):
+        return scale.scale_(gradient, factor)
 
 
 def _device_problem(device: torch.device) -> str:

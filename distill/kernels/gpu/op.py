@@ -72,7 +72,7 @@ def _divergence(
     teacher: Tensor | SparseTargets | None = teacher_NV
     if ids_NK is not None and probs_NK is not None:
         teacher = SparseTargets(ids_NK, probs_NK, tail_N)
-    with _current(student_NV.device):
+    with current(student_NV.device):
         call = Call(student_NV, teacher, labels_N, weights_N, terms, grad_NV)
         return tuple(run(call, _properties(student_NV.device)))
 
@@ -83,7 +83,7 @@ def _empty_sums(student_NV: Tensor, *unused: object) -> tuple[Tensor, ...]:
     return tuple(student_NV.new_empty((), dtype=dtype) for dtype in dtypes)
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
+def current(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
