@@ -123,6 +123,7 @@ def add_plan(commands: Any) -> None:
     add("--memory-gib", type=float, default=80.0, help="memory of one GPU, GiB (default 80)")
     add("--tokens-per-second", type=float, default=0.0, help="of all ranks; else as run_dir has measured")
     add("--tflops", type=float, default=0.0, help="that one GPU sustains, if no tokens a second are known")
+    add("--storage-mb-per-second", type=float, default=0.0, help="MB/s that storage gives all nodes together")
     add("--vocab-size", type=int, default=0, help="of shards still to be made")
     add("--sequence-length", type=int, default=0, help="of shards still to be made")
     add("--teacher-config", type=Path, help="config.json of a teacher still to be fetched")

@@ -6,6 +6,7 @@ without memory (torch's meta device).
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ from distill.trajectory.manifest import NAME, Manifest, load_manifest
 class Site:
     """What the run would have: its machines, and what can't be read because it isn't there yet.
 
-    tokens_per_second: of all ranks together; tflops: that one rank sustains (10^12 operations a second); 0: not known.
+    tokens_per_second: of all ranks together; tflops: that one rank sustains (10^12 operations a second);
+    storage_mb_per_second: that storage gives all nodes together, MB a second; 0: not known.
     vocab_size, sequence_length: for shards still to be made. teacher_config: config.json of a teacher still to be fetched.
     """
 
@@ -44,6 +46,7 @@ class Site:
     memory_gib: float = 80.0
     tokens_per_second: float = 0.0
     tflops: float = 0.0
+    storage_mb_per_second: float = 0.0
     vocab_size: int = 0
     sequence_length: int = 0
     teacher_config: Path | None = None
@@ -87,6 +90,28 @@ class Plan:
     def seconds(self) -> float:
         """0 if no speed is known."""
         return self.tokens / self.tokens_per_second if self.tokens_per_second else 0.0
+
+    @property
+    def fetches(self) -> list[tuple[int, float]]:
+        """(bytes of a checkpoint, seconds that the one before it teaches, in which they are fetched), in order."""
+        if self.schedule is None:
+            return []
+        a_sample = self.seconds / self.config.total_samples
+        return [
+            (self.checkpoint_bytes[after.checkpoint], (after.first_sample - stage.first_sample) * a_sample)
+            for stage, after in itertools.pairwise(self.schedule.stages)
+        ]
+
+    @property
+    def enough_mb_per_second(self) -> float:
+        """From storage to all nodes together, so that no step waits for its teacher."""
+        return max((size / 1e6 / seconds for size, seconds in self.fetches if seconds), default=0.0)
+
+    @property
+    def stall_seconds(self) -> float:
+        """That all steps together wait for their teacher; the first, which the start waits for, is left out."""
+        speed = self.site.storage_mb_per_second * 1e6
+        return sum(max(size / speed - seconds, 0.0) for size, seconds in self.fetches) if speed else 0.0
 
     def fits(self, stage: int) -> bool:
         return self.memory[stage].total <= self.site.memory_gib * 2**30

@@ -83,3 +83,15 @@ def _time(plan: Plan) -> Iterator[str]:
         f"time      {hours:,.1f} h at {plan.tokens_per_second:,.0f} tokens/s ({steps:,.2f} steps/s): "
         f"{hours * plan.site.ranks:,.0f} rank-hours"
     )
+    if plan.fetches:
+        yield from _stall(plan)
+
+
+def _stall(plan: Plan) -> Iterator[str]:
+    given, enough = plan.site.storage_mb_per_second, plan.enough_mb_per_second
+    wait = (
+        f"{plan.stall_seconds:,.0f} s of waiting for the next teacher"
+        if given
+        else "give --storage-mb-per-second"
+    )
+    yield f"stall     {wait}; none where storage gives {enough:,.1f} MB/s to all nodes together"

@@ -73,6 +73,24 @@ def test_time_comes_from_the_speed_given_else_measured_else_the_operations_susta
     assert make_plan(own, dataclasses.replace(ONE, tokens_per_second=96.0)).seconds == 32
 
 
+def test_stall_is_the_part_of_a_fetch_that_the_teacher_before_does_not_cover(plan: Plan) -> None:
+    """Teacher 24 follows after 5 of 12 steps of a run of 32 seconds."""
+    size = plan.checkpoint_bytes[24]
+    assert plan.fetches == [(size, 0.0)] and plan.stall_seconds == 0
+    timed = dataclasses.replace(plan, tokens_per_second=96.0)
+    (_, seconds) = timed.fetches[0]
+    assert seconds == pytest.approx(32 * 5 / 12)
+    assert timed.enough_mb_per_second == pytest.approx(size / 1e6 / seconds)
+    assert "stall     give --storage-mb-per-second; none where storage gives" in plan_text(timed)
+
+    def on(speed: float) -> Plan:
+        return dataclasses.replace(timed, site=dataclasses.replace(ONE, storage_mb_per_second=speed))
+
+    assert on(1.01 * timed.enough_mb_per_second).stall_seconds == 0
+    assert on(timed.enough_mb_per_second / 3).stall_seconds == pytest.approx(2 * seconds)
+    assert f"stall     {2 * seconds:.0f} s of waiting" in plan_text(on(timed.enough_mb_per_second / 3))
+
+
 def test_teacher_run_says_what_trajectory_it_leaves(shards: Path, tmp_path: Path) -> None:
     own = make_plan(config(shards, tmp_path, save__trajectory_every=4, save__trajectory_first=1), ONE)
     assert own.trajectory_bytes == 5 * own.student_parameters * 4  # after steps 1, 2, 4, 8, 12

@@ -78,7 +78,9 @@ def figures(arguments: argparse.Namespace) -> Iterator[Figure]:
         return
     yield from tuned(arguments)
     yield from linear_on_cpu(torch.float32, arguments)
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # elsewhere PyTorch emulates the peers' products: minutes a step
+    if (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):  # elsewhere PyTorch emulates the peers' products: minutes a step
         yield from linear_on_cpu(torch.bfloat16, arguments)
     times = case("cpu", arguments, masked_steps, 2048, 32000, 512, 1024, torch.float32, MASKED_SHARE)
     yield Figure("masked_vs_all_rows", times["gathered"] / times["all rows"], "<= 0.20")

@@ -4,17 +4,17 @@
 
 A real S3 server on loopback shares the machine with its client. `fetch`: files of a checkpoint (4 shards of bf16
 tensors) to torch tensors over the node's cache, next to 8 MiB `get_range_async` straight into tensors that are
-allocated already, interleaved, best of the repeats; `verified` has SHA-256 of every byte in it, which the client does
-not compute, and `staged` the copy into the teacher's own memory. CPU seconds are this process's, for a machine on
-which others work. `swap`: a student of a prefetched trajectory of nine stages. `nodes`: bytes that leave storage when
-four ranks, each with a disk of its own, start from one checkpoint. `audit`: see trajectory_audit.py; --audit-steps 0
-leaves it out.
+allocated already, interleaved, best of the repeats. `verified` has SHA-256 of every byte in it, which the client does
+not compute; `hashed` is the client followed by just that. `staged` has the copy into the teacher's own memory too.
+`swap`: a student of a prefetched trajectory of nine stages. `nodes`: bytes that leave storage when four ranks, each
+with a disk of its own, start from one checkpoint. `audit`: see trajectory_audit.py; --audit-steps 0 leaves it out.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 import os
 import re
@@ -49,11 +49,11 @@ from distill.trajectory.tensors import TensorInfo, read_header, view_of  # noqa:
 CHUNK, WORKERS, SHARDS = 8 << 20, 16, 4
 
 
-def best(work: Callable[[], Any], seconds: list[float], cpu: list[float]) -> None:
-    begin, begin_cpu = time.perf_counter(), time.process_time()
+def timed(work: Callable[[], Any], seconds: list[float]) -> None:
+    os.sync()  # else the disk slows whoever comes after a few GB that were written
+    begin = time.perf_counter()
     work()
     seconds.append(time.perf_counter() - begin)
-    cpu.append(time.process_time() - begin_cpu)
 
 
 def extra_memory_mb(work: Callable[[], Any]) -> float:
@@ -116,7 +116,7 @@ async def into_tensors(
 
 
 def measure_fetch(server: Seaweed, folder: Path, megabytes: int, repeats: int) -> dict[str, Any]:
-    local = make_checkpoint(folder, megabytes)
+    make_checkpoint(folder, megabytes)
     there = publish(folder / "source", f"s3://{BUCKET}/fetch")
     checkpoint, store = there.checkpoints[1], there.files_of(1)
     client = S3Store(
@@ -133,9 +133,9 @@ def measure_fetch(server: Seaweed, folder: Path, megabytes: int, repeats: int) -
         for name in checkpoint.shards
     }
     into = {t: torch.zeros(i.shape, dtype=i.dtype) for infos in layout.values() for t, i in infos.items()}
-    world, seconds, memory = start(), {k: [] for k in ("client", "fetch", "verified", "staged")}, 0.0  # type: ignore[var-annotated]
-    cpu: dict[str, list[float]] = {k: [] for k in ("client", "fetch", "verified")}
-    nodes = Nodes(world, "here")
+    names = ("client", "fetch", "hashed", "verified", "staged")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    nodes = Nodes(start(), "here")
     (folder / "plain").mkdir()
 
     def fetch_only() -> dict[str, torch.Tensor]:
@@ -149,39 +149,48 @@ def measure_fetch(server: Seaweed, folder: Path, megabytes: int, repeats: int) -
             tensors |= {tensor: view_of(landing.bytes, info) for tensor, info in infos.items()}
         return tensors
 
-    for repeat in range(repeats):
-        best(
-            lambda: asyncio.run(into_tensors(client, "fetch/step_1", layout, into)),
-            seconds["client"],
-            cpu["client"],
-        )
-        best(fetch_only, seconds["fetch"], cpu["fetch"])
-        cache = Cache(folder / f"cache{repeat}", 100 * 10**9)
-        fetcher = Fetcher(there, nodes, cache, in_place=False)
+    def client_only() -> None:
+        asyncio.run(into_tensors(client, "fetch/step_1", layout, into))
 
-        def verified(fetcher: Fetcher = fetcher) -> None:
-            with fetcher.at_hand(1):
-                pass
+    def client_hashed() -> None:
+        client_only()
+        for tensor in into.values():
+            hashlib.sha256(tensor.view(torch.uint8).numpy()).digest()
 
-        memory = max(memory, extra_memory_mb(lambda: best(verified, seconds["verified"], cpu["verified"])))
-        begin = time.perf_counter()
-        with fetcher.at_hand(1) as entry:
+    def verified(cache: Cache) -> None:
+        with Fetcher(there, nodes, cache, in_place=False).at_hand(1):
+            pass
+
+    def staged(cache: Cache) -> None:
+        with Fetcher(there, nodes, cache, in_place=False).at_hand(1) as entry:
             for name, infos in layout.items():
                 buffer = Landing(entry / name, checkpoint.files[name][0], True).bytes
                 for tensor, info in infos.items():
                     into[tensor].view(-1).copy_(view_of(buffer, info))
-        seconds["staged"].append(seconds["verified"][-1] + time.perf_counter() - begin)
-        for key in [p.name for p in cache.folder.iterdir()]:
-            cache.remove(key)
-    del local
+
+    def in_new_cache(work: Callable[[Cache], None], measured: Callable[[Callable[[], None]], Any]) -> Any:
+        cache = Cache(folder / "cache", 100 * 10**9)
+        result = measured(lambda: work(cache))
+        for entry in list(cache.folder.iterdir()):
+            cache.remove(entry.name)
+        return result
+
+    memory = in_new_cache(verified, extra_memory_mb)
+    for _ in range(repeats):
+        timed(client_only, seconds["client"])
+        timed(client_hashed, seconds["hashed"])
+        in_new_cache(
+            verified, lambda run: run()
+        )  # where the host takes free memory back, it is cold at first
+        for name, work in (("verified", verified), ("staged", staged)):
+            in_new_cache(work, lambda run, name=name: timed(run, seconds[name]))  # type: ignore[misc]
+        timed(fetch_only, seconds["fetch"])
     least = {name: min(values) for name, values in seconds.items()}
     return {
         "megabytes": round(checkpoint.num_bytes / 1e6),
         **{f"{name}_seconds": round(value, 3) for name, value in least.items()},
-        **{
-            f"{name}_ratio": round(least["client"] / least[name], 3)
-            for name in ("fetch", "verified", "staged")
-        },
+        **{f"{n}_ratio": round(least["client"] / least[n], 3) for n in ("fetch", "verified", "staged")},
+        "verified_ratio_to_hashed": round(least["hashed"] / least["verified"], 3),
         "extra_memory_mb": round(memory, 1),
         "shard_mb": round(checkpoint.num_bytes / SHARDS / 1e6, 1),
     }
@@ -267,7 +276,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--mb", type=int, default=1024, help="size of the checkpoint that is fetched")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--audit-steps", type=int, default=154)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
