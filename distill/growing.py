@@ -10,7 +10,8 @@ from distill.distributed import World, agree_on_stop, from_main
 from distill.run_folder import store_schedule
 from distill.schedule import Schedule
 from distill.signals import stop_signal
-from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
+from distill.trajectory.audit.verdicts import bad_steps, read_audit
+from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, load_manifest
 from distill.trajectory.nodes import Channel
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class Growing:
         """policy: `wait` for a stage's own checkpoint, or go on with the `newest`. folder: of the run."""
         self.manifest, self.policy, self.folder, self.world = manifest, policy, folder, world
         self._ranks = Channel(range(world.size), world.rank)
-        self._looked = -LOOK_SECONDS
+        self._looked, self._bad = -LOOK_SECONDS, {}  # type: tuple[float, dict[int, str]]
 
     def settle(self, schedule: Schedule, consumed: int) -> Schedule:
         """The schedule with the checkpoint that teaches after `consumed` samples decided, for good.
@@ -34,7 +35,7 @@ class Growing:
         stage's checkpoint, so that it can be fetched ahead.
 
         Raises:
-            BadTrajectory: the teacher's run has ended without that checkpoint, or replaced one.
+            BadTrajectory: the teacher's run has ended without that checkpoint, or replaced one; an audit found it bad.
             StoreError: the manifest can't be read.
         """
         stage = schedule.stage_index(consumed)
@@ -55,9 +56,13 @@ class Growing:
     def _choice(self, schedule: Schedule, stage: int) -> int | None:
         """The teacher step that teaches this stage; None while that can't be said."""
         wanted, there = schedule.stages[stage].checkpoint, self.manifest.checkpoints
+        if wanted in self._bad:
+            raise BadTrajectory(
+                f"{self.manifest.url}: teacher step {wanted} has come and is bad: {self._bad[wanted]}"
+            )
         if wanted in there:
             return wanted
-        earlier = [step for step in there if 0 < step < wanted]
+        earlier = [step for step in there if 0 < step < wanted and step not in self._bad]
         if self.policy == "newest" and earlier:
             log.info("teacher step %d is not there yet: step %d teaches on", wanted, max(earlier))
             return max(earlier)
@@ -74,11 +79,14 @@ class Growing:
         if not from_main(int(time.monotonic() - self._looked >= pause), self.world):
             return
         self._looked = time.monotonic()
-        read = self._ranks.together(
-            lambda: load_manifest(self.manifest.store) if self.world.is_main else None
-        )
-        checkpoints, complete = self._ranks.gather(read and (read.checkpoints, read.complete))[0]
+        read = self._ranks.together(lambda: self._read() if self.world.is_main else None)
+        checkpoints, complete, self._bad = self._ranks.gather(read)[0]
         for step, checkpoint in self.manifest.checkpoints.items():
             if step in checkpoints and checkpoints[step].files != checkpoint.files:
                 raise BadTrajectory(f"{self.manifest.url}: step {step} was replaced: start the student anew")
         self.manifest.checkpoints, self.manifest.complete = checkpoints, complete
+
+    def _read(self) -> tuple[dict[int, Checkpoint], bool, dict[int, str]]:
+        """(checkpoints, whether the run has ended, bad steps with the reason) as they are now."""
+        read = load_manifest(self.manifest.store)
+        return read.checkpoints, read.complete, bad_steps(read, read_audit(read.store))

@@ -242,7 +242,7 @@ def _handler_of(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                 return
             key = (self.command, self.path, self.headers.get("Range") or "")
             older = proxy.remembered(key, answer)
-            if fault == "stale" and self.command == "GET" and older != answer:
+            if fault == "stale" and self.command == "GET" and older[2] != answer[2]:
                 proxy.count(fault)
                 answer = older
             status, headers, content = answer

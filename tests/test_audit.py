@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -229,6 +230,28 @@ def test_damage_after_the_index_is_found(runs: Runs, tmp_path: Path) -> None:
     found = bad_kinds(audit(manifest))
     assert found.keys() == {4, 8, 16}
     assert ("truncated" in found[4], "missing" in found[8], found[16]) == (True, True, {"missing"})
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_shard_cut_in_half_after_the_index_is_one_bad_step_of_a_whole_audit(
+    full: bool, runs: Runs, tmp_path: Path
+) -> None:
+    """Its header is whole, the values to look at are gone."""
+    folder = copy_as(runs.get() / "whole", tmp_path / "trajectory", "pythia")
+    manifest = index_trajectory(folder)
+    shard = first_shard(folder / "step8")
+    os.truncate(shard, shard.stat().st_size // 2)
+    assert bad_kinds(audit(manifest, full=full)) == {8: {"truncated"}}
+
+
+def test_tokenizer_that_changed_after_the_audit_is_found(runs: Runs, tmp_path: Path) -> None:
+    folder = copy_as(runs.get() / "whole", tmp_path / "trajectory", "pythia")
+    manifest = index_trajectory(folder)
+    store_audit(manifest.store, audit(manifest))
+    path = folder / "step16" / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(BadTrajectory, match="step 16: its tokenizer"):
+        refuse_bad_steps(index_trajectory(folder), [16])
 
 
 def test_flipped_bit_between_the_samples_is_found_by_reading_all(runs: Runs, tmp_path: Path) -> None:

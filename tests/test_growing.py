@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from tiny import Kill, Started, assert_same_run, distill, free_port, rows, settings
 
+from distill.trajectory.audit.listing import Finding
+from distill.trajectory.audit.verdicts import BAD, Audit, Verdict, store_audit
 from distill.trajectory.manifest import Manifest, load_manifest
 from distill.trajectory.store import open_store
 
@@ -160,6 +162,30 @@ def test_newest_is_taken_at_the_start_of_a_stage_not_later(
     run.signal(signal.SIGCONT)
     run.wait().ok()
     assert taught_by(tmp_path / "run") == [2] * 4 + [4] * 4 + [8] * 4
+
+
+def test_checkpoint_that_an_audit_found_bad_is_passed_over_by_the_newest_and_refused_where_it_is_named(
+    growing: GrowingTrajectory, shards: Path, tmp_path: Path
+) -> None:
+    for step in (4, 16):
+        growing.add(step)
+    weights = list(growing.manifest.checkpoints[16].weights)
+    verdict = Verdict(BAD, weights, [Finding("jump", "does not fit its neighbours")])
+    store_audit(growing.manifest.store, Audit(False, 0, 0.0, {16: verdict}))
+    stages = {"schedule__stages": [[0, 2], [4, 24]]}
+    arguments = student(shards, tmp_path / "run", growing.folder, teacher__unfinished="newest", **stages)
+    distill(arguments, tmp_path).ok()
+    assert taught_by(tmp_path / "run") == [2] * 4 + [4] * 8
+
+    keys = {"teacher__unfinished": "wait", "schedule__stages": [[0, 2], [4, 24]]}
+    run = Started(student(shards, tmp_path / "waits", growing.folder, **keys), tmp_path / "output")
+    wait_until(lambda: "waiting for teacher step 24" in run.output.read_text(), run)
+    arrived = list(growing.source.checkpoints[24].weights)
+    store_audit(growing.manifest.store, Audit(False, 0, 0.0, {24: Verdict(BAD, arrived, verdict.findings)}))
+    growing.add(24)
+    ended = run.wait()
+    assert ended.code == 2
+    assert "teacher step 24 has come and is bad: does not fit its neighbours" in ended.output
 
 
 def test_teacher_that_ends_without_the_step_that_is_waited_for_is_told(

@@ -31,7 +31,10 @@ def add_commands(trajectory: argparse.ArgumentParser) -> Any:
     index.add_argument("--pattern", help=r"of other names: a regular expression with (?P<step>\d+)")
     index.add_argument("--stage", help="name or pattern of the stage to take, where the names tell several")
     index.add_argument(
-        "--full", action="store_true", help="read remote weights to hash them (default: sizes alone)"
+        "--full", action="store_true", help="read remote weights to hash them; from others nobody learns"
+    )
+    index.add_argument(
+        "--steps", type=steps_of, metavar="N,N", help="with --full: of these alone (default: all)"
     )
     index.add_argument(
         "--allow-bin", action="store_true", help="take pickled weights (.bin) where there are no others"
@@ -86,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _index(arguments: argparse.Namespace) -> int:
     from distill.trajectory.index import index_trajectory
 
-    options = {name: getattr(arguments, name) for name in ("pattern", "stage", "full", "allow_bin")}
+    options = {name: getattr(arguments, name) for name in ("pattern", "stage", "full", "steps", "allow_bin")}
     manifest = index_trajectory(arguments.source, arguments.out, **options)
     print(f"{manifest.family}: {len(manifest.checkpoints)} checkpoints, steps {list(manifest.checkpoints)}")
     return 0

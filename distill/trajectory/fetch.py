@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -16,18 +15,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from distill.files import write_text
 from distill.trajectory.cache import Cache, Held
 from distill.trajectory.disk import Disk
 from distill.trajectory.landing import Landing
-from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, verify
+from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, refuse_without_hashes, verify
 from distill.trajectory.nodes import Cancelled, Channel, Nodes
 from distill.trajectory.store import Store
 
 log = logging.getLogger(__name__)
 ROUND_BYTES = 256 << 20  # that a node reads before it passes them on
 ATTEMPTS = 3  # fetches of a file whose hash is wrong
-HASHES = "fetched.json"  # in an entry: sha256 of the files, also of those for which the manifest has none
 T = TypeVar("T")
 
 
@@ -54,6 +51,7 @@ class Fetcher:
             raise BadTrajectory(
                 f"{self.manifest.url} has no teacher step {step}; it has {list(self.manifest.checkpoints)}"
             )
+        refuse_without_hashes(self.manifest, [step])
         store, key = self.manifest.files_of(step), self._key(step)
         if self.in_place and isinstance(store, Disk):
             self._on_leaders(lambda: self._verify(step, store.folder, key))
@@ -71,26 +69,18 @@ class Fetcher:
         return self.nodes.all.together(lambda: work() if self.nodes.is_leader else None)
 
     def _key(self, step: int) -> str:
-        """Name of a cache entry: a function of what the manifest says the files are, and where if it has no hashes."""
+        """Name of a cache entry: a function of what the manifest says the files are."""
         if step not in self.manifest.checkpoints:  # of a teacher's run that has not come so far
             return f"step_{step:08d}-unknown"
-        checkpoint = self.manifest.checkpoints[step]
-        place = "" if checkpoint.is_hashed else f"{self.manifest.url} {checkpoint.location}"
-        told = json.dumps([place, checkpoint.files], sort_keys=True)
+        told = json.dumps(self.manifest.checkpoints[step].files, sort_keys=True)
         return f"step_{step:08d}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
     # -------------------------------------------------------------------------------------------- on leaders
 
     def _verify(self, step: int, folder: Path, key: str) -> None:
-        if key in self._verified:
-            return
-        checkpoint, hashes = self.manifest.checkpoints[step], folder / HASHES
-        if hashes.exists():
-            known = json.loads(hashes.read_text(encoding="utf-8"))
-            files = {name: [size, sha or known[name]] for name, (size, sha) in checkpoint.files.items()}
-            checkpoint = dataclasses.replace(checkpoint, files=files)
-        verify(self.manifest, checkpoint, folder)
-        self._verified.add(key)
+        if key not in self._verified:
+            verify(self.manifest, self.manifest.checkpoints[step], folder)
+            self._verified.add(key)
 
     def _held(self, step: int, store: Store, key: str, upcoming: Sequence[str]) -> Held:
         """The cache entry, fetched if any node lacks it. All leaders."""
@@ -113,8 +103,22 @@ class Fetcher:
             time.perf_counter() - start,
             (store.bytes_read - before) / 1e6,
         )
-        self._verified.add(key)
-        return held or cache.publish(folder, key)
+        return held or self._published(folder, step, key)
+
+    def _published(self, filled: Held, step: int, key: str) -> Held:
+        """The entry made of what was fetched, or the one that another process has made meanwhile, verified too."""
+        entry = self.cache.publish(filled, key)
+        if entry is filled:
+            self._verified.add(key)
+            return entry
+        try:
+            self._verify(step, entry.folder, key)
+        except BadTrajectory as error:
+            entry.release()
+            raise BadTrajectory(
+                f"{error}; other processes use it: end them, and remove {entry.folder}"
+            ) from error
+        return entry
 
     def _intact(self, step: int, key: str) -> Held | None:
         held = self.cache.hold(key)
@@ -154,31 +158,26 @@ class Transfer:
 
         A file whose hash is wrong is fetched again, ATTEMPTS times in all. Raises BadTrajectory, OSError, Cancelled.
         """
-        hashes: dict[str, str] = {}
+        wrong = list(self.checkpoint.files)
         for _ in range(ATTEMPTS):
-            hashes |= self._attempt(folder, [name for name in self.checkpoint.files if name not in hashes])
-            if len(hashes) == len(self.checkpoint.files):
-                break
-        else:
-            bad = next(name for name in self.checkpoint.files if name not in hashes)
-            raise BadTrajectory(
-                f"{self._name(bad)} does not have the sha256 that the manifest says, {self.checkpoint.files[bad][1]}, "
-                f"in {ATTEMPTS} fetches: the file in storage is damaged; upload it again, or use another checkpoint"
-            )
-        if not self.has_files:
-            write_text(folder / HASHES, json.dumps(hashes, indent=1))
+            wrong = self._attempt(folder, wrong)
+            if not wrong:
+                return
+        raise BadTrajectory(
+            f"{self._name(wrong[0])} does not have the sha256 that the manifest says, {self.checkpoint.files[wrong[0]][1]}, "
+            f"in {ATTEMPTS} fetches: the file in storage is damaged; upload it again, or use another checkpoint"
+        )
 
-    def _attempt(self, folder: Path, names: Sequence[str]) -> dict[str, str]:
-        """sha256 of those files that are right now on all nodes. One is hashed while the next is fetched."""
+    def _attempt(self, folder: Path, names: Sequence[str]) -> list[str]:
+        """Those of the files that have come to some node with another sha256. One is hashed while the next is fetched."""
         with ThreadPoolExecutor(1, "hash") as hasher, ExitStack() as files:
             pending = {name: hasher.submit(_sha256, self._file(folder / name, files)) for name in names}
             own = {name: future.result() for name, future in pending.items()}
-        every = self.leaders.gather(own)
-        wanted = {name: self.checkpoint.files[name][1] or every[0][name] for name in names}
-        right = {name: sha for name, sha in wanted.items() if all(each[name] == sha for each in every)}
-        for name in own.keys() - right.keys():
+        every, wanted = self.leaders.gather(own), {name: self.checkpoint.files[name][1] for name in names}
+        wrong = [name for name in names if any(each[name] != wanted[name] for each in every)]
+        for name in wrong:
             log.warning("%s has the sha256 %s, not %s", self._name(name), own[name][:12], wanted[name][:12])
-        return right
+        return wrong
 
     def _file(self, path: Path, files: ExitStack) -> Any:
         """The bytes of one file, exchanged. `files` closes it."""

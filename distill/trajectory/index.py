@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from data_prep.progress import Advance, progress
@@ -20,6 +20,7 @@ from distill.trajectory.storage import Folder
 from distill.trajectory.store import Store, open_store
 
 log = logging.getLogger(__name__)
+MD5 = re.compile(r'"?[0-9a-f]{32}"?')  # other etags tell versions of one object apart, not contents
 BIN = re.compile(r"pytorch_model.*\.bin")
 HASHED_AT_ONCE = 64 << 20  # bytes
 
@@ -31,11 +32,13 @@ def index_trajectory(
     pattern: str | None = None,
     stage: str | None = None,
     full: bool = False,
+    steps: Collection[int] | None = None,
     allow_bin: bool = False,
 ) -> Manifest:
     """Write the manifest of all checkpoints at `source`, beside them or at `out`.
 
-    Names: see families.py. Small files are hashed; weights in a local folder too, and elsewhere with `full`. What
+    Names: see families.py. Small files are hashed; weights in a local folder too, and elsewhere with `full`, those of
+    `steps` or of all. What
     only the training run knew (tokens seen, losses, that it has not ended) is carried over from a manifest that is
     there for checkpoints that are unchanged. Faults that show are warned of; `distill trajectory audit` looks closer.
 
@@ -56,7 +59,9 @@ def index_trajectory(
         location = folder.location if out is None else _address(source, folder.location)
         manifest.checkpoints[step] = Checkpoint(step, location, folder.files, named[step].tokens)
     _choose_files(manifest, source, allow_bin)
-    texts = _hash_files(manifest, chosen, full)
+    if unknown := sorted(set(steps or []) - set(chosen)):
+        raise ValueError(f"{source} has no steps {unknown}; it has {list(chosen)}")
+    texts = _hash_files(manifest, chosen, set(chosen if steps is None else steps) if full else set())
     describe_common(manifest, texts)
     _carry_over(manifest)
     for step, faults in faults_of_listing(manifest).items():
@@ -93,10 +98,11 @@ def _choose_files(manifest: Manifest, source: str, allow_bin: bool) -> None:
 # ------------------------------------------------------------------------------------------------ hashes
 
 
-def _hash_files(manifest: Manifest, folders: Mapping[int, Folder], full: bool) -> dict[str, bytes]:
+def _hash_files(manifest: Manifest, folders: Mapping[int, Folder], whole: set[int]) -> dict[str, bytes]:
     """Fill in sha256 where it is affordable. Returns {sha256: content} of the small files.
 
-    A file that has the size and etag of one read before is not read again: 154 steps mostly share a tokenizer.
+    whole: steps whose weights are read wherever they lie. A file that has the size and the MD5, which is its etag on many
+    a storage, of one read before is not read again: 154 steps mostly share a tokenizer.
     """
     known: dict[tuple[int, str], str] = {}
     texts: dict[str, bytes] = {}
@@ -105,7 +111,8 @@ def _hash_files(manifest: Manifest, folders: Mapping[int, Folder], full: bool) -
         for step, checkpoint in manifest.checkpoints.items():
             store = manifest.files_of(step)
             for name, entry in checkpoint.files.items():
-                key = (entry[0], folders[step].etags.get(name) or f"{step}/{name}")
+                etag = folders[step].etags.get(name) or ""
+                key = (entry[0], etag if MD5.fullmatch(etag) else f"{step}/{name}")
                 small = name not in checkpoint.shards
                 if key in known:
                     entry[1] = known[key]
@@ -113,7 +120,7 @@ def _hash_files(manifest: Manifest, folders: Mapping[int, Folder], full: bool) -
                     content = store.read(name)
                     known[key] = entry[1] = hashlib.sha256(content).hexdigest()
                     texts[entry[1]] = content
-                elif entry[1] is None and (full or isinstance(store, Disk)):
+                elif entry[1] is None and (step in whole or isinstance(store, Disk)):
                     entry[1] = sha256_in(store, name, entry[0], advance)
                     continue
                 advance(entry[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,7 +27,7 @@ class Checkpoint:
     """One checkpoint: where its files lie, and each {name: [bytes, sha256]}.
 
     location: path relative to the manifest, or a URL such as hf://owner/name@revision.
-    sha256 is None where the source doesn't tell and nobody has read the file yet.
+    sha256 is None where the source doesn't tell and nobody has read the file yet: weights, from which nobody learns then.
     tokens: seen in training so far; validation_loss: nats a counted token; None where the source doesn't tell.
     probes: other measurements by name.
     """
@@ -59,8 +60,8 @@ class Checkpoint:
 
     @property
     def is_hashed(self) -> bool:
-        """Whether the sha256 of every weight file is known."""
-        return all(self.files[name][1] for name in self.shards)
+        """Whether the sha256 of every file is known."""
+        return all(sha for _, sha in self.files.values())
 
 
 @dataclass
@@ -153,6 +154,18 @@ def _checkpoint(content: dict[str, Any]) -> Checkpoint:
         if ".." in PurePosixPath(path).parts or path.startswith("/"):
             raise ValueError(f"path {path!r} leads out of the trajectory")
     return checkpoint
+
+
+def refuse_without_hashes(manifest: Manifest, steps: Iterable[int]) -> None:
+    """Raises BadTrajectory for steps of which nothing would tell whether other bytes came than were meant."""
+    if without := sorted(
+        s for s in set(steps) & manifest.checkpoints.keys() if not manifest.checkpoints[s].is_hashed
+    ):
+        numbers = ",".join(map(str, without))
+        raise BadTrajectory(
+            f"{manifest.url} has no sha256 of the weights of teacher steps {without}, so nothing would tell them from others: "
+            f"`distill trajectory index {manifest.url} --full --steps {numbers}` reads and hashes them"
+        )
 
 
 def verify(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> None:

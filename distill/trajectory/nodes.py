@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.distributed import World
+from distill.trajectory.manifest import Manifest, load_manifest
 
 TIMEOUT = timedelta(hours=12)  # of one fetch, for which the other ranks wait
 BROADCAST_BYTES = 64 << 20  # at once, for the buffers that a broadcast may need
@@ -45,14 +46,14 @@ class Channel:
         """Do `work` on every rank of the channel; none goes on if it fails on one. Collective.
 
         Raises:
-            ValueError, OSError, Cancelled: on the rank where that came up; on the others ElsewhereError or Cancelled.
+            Exception: what came up, on its rank; on the others ElsewhereError, or Cancelled.
         """
         fault: Exception | None = None
         try:
             result = work()
-        except (ValueError, OSError, Cancelled) as error:
+        except Exception as error:  # whatever it is: the others would wait for hours
             fault = error
-        told = None if fault is None else (isinstance(fault, Cancelled), str(fault))
+        told = None if fault is None else (isinstance(fault, Cancelled), str(fault) or repr(fault))
         faults = {rank: f for rank, f in zip(self.ranks, self.gather(told), strict=True) if f}
         if fault is not None:
             raise fault
@@ -65,6 +66,17 @@ class Channel:
         if self._group is not None:
             for part in tensor.split(BROADCAST_BYTES):
                 dist.broadcast(part, self.ranks[source], self._group)
+
+
+def load_alike(where: str, world: World) -> Manifest:
+    """The manifest as rank 0 reads it, on every rank: a teacher that is still training may add to it meanwhile.
+
+    Collective. Raises as `load_manifest`.
+    """
+    channel = Channel(range(world.size), world.rank)
+    manifest = channel.together(lambda: load_manifest(where))
+    manifest.checkpoints, manifest.complete = channel.gather((manifest.checkpoints, manifest.complete))[0]
+    return manifest
 
 
 class Nodes:

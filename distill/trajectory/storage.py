@@ -28,6 +28,9 @@ class Folder:
     etags: dict[str, str | None] = field(default_factory=dict)
 
 
+GONE = ("missing", "short")  # kinds of StoreError: a file, or its end, is not there
+
+
 class StoreError(OSError):
     """What storage could not do: where, what happened, what to do.
 

@@ -134,7 +134,7 @@ class Remote:
                 stop = min(offset + PIECE_BYTES, len(view))
                 piece, tag = await self._piece(path, start + offset, start + stop, etag)
                 view[offset:stop] = memoryview(piece)
-                seen.add(tag)
+                seen.update({tag} - {None})
 
         async def all_of_them() -> None:
             await asyncio.gather(*(one(offset) for offset in range(0, len(view), PIECE_BYTES)))

@@ -61,11 +61,22 @@ def find_tensors(folder: Path) -> dict[str, tuple[Any, TensorInfo]]:
         return _tensors_in(folder / SINGLE)
     if not (folder / INDEX).exists():
         raise BadTrajectory(f"{folder} has neither {SINGLE} nor {INDEX}")
-    places: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    places = _weight_map(folder / INDEX)
     shards = {shard: _tensors_in(folder / shard) for shard in sorted(set(places.values()))}
     if missing := [name for name, shard in places.items() if name not in shards[shard]]:
         raise BadTrajectory(f"{folder}/{places[missing[0]]} lacks {missing[0]}, which {INDEX} says it has")
     return {name: shards[shard][name] for name, shard in places.items()}
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """{tensor: file beside the index}. A file that lies elsewhere was verified by nobody."""
+    try:
+        places: dict[str, str] = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadTrajectory(f"{path} is no index of weights: {error!r}") from error
+    if others := [shard for shard in places.values() if Path(shard).name != shard]:
+        raise BadTrajectory(f"{path} names {others[0]!r}, which does not lie beside it")
+    return places
 
 
 def _tensors_in(path: Path) -> dict[str, tuple[Any, TensorInfo]]:

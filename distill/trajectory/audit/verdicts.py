@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from distill.trajectory.audit.listing import Finding, faults_of_listing
-from distill.trajectory.manifest import BadTrajectory, Manifest
+from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, refuse_without_hashes
 from distill.trajectory.store import Store, StoreError
 
 log = logging.getLogger(__name__)
@@ -97,31 +97,47 @@ def _verdict(told: dict[str, object]) -> Verdict:
     return Verdict(**told, findings=findings)  # type: ignore[arg-type]
 
 
+def bad_steps(manifest: Manifest, audit: Audit | None) -> dict[int, str]:
+    """{step: why nobody should learn from it}, by the audit and by what the manifest's entries alone show."""
+    faults = faults_of_listing(manifest)
+    for step, verdict in (audit.steps if audit else {}).items():
+        if not _holds(verdict, manifest.checkpoints.get(step)):
+            continue
+        if verdict.verdict == BAD:
+            faults[step] = verdict.findings
+        elif verdict.verdict == TRUSTED:
+            faults.pop(step, None)
+        else:  # which of two steps with the same weights is mislabelled, it knows better
+            faults[step] = [fault for fault in faults.get(step, []) if fault.kind != "duplicate"]
+    return {step: "; ".join(f.sentence for f in found) for step, found in faults.items() if found}
+
+
 def refuse_bad_steps(manifest: Manifest, steps: Iterable[int]) -> None:
-    """Refuse to learn from steps that failed the audit, or whose entries in the manifest alone show a fault.
+    """Refuse to learn from steps that failed the audit, whose entries show a fault, or whose weights have no hash.
 
     Raises:
         BadTrajectory: naming each step, what is wrong with it and the nearest good ones.
     """
-    bad = {step: "; ".join(f.sentence for f in found) for step, found in faults_of_listing(manifest).items()}
-    audit = read_audit(manifest.store)
+    steps, audit = set(steps), read_audit(manifest.store)
     if audit is None and manifest.family != OWN:
         log.warning("%s was never audited: run `distill trajectory audit` on it", manifest.url)
     for step, verdict in (audit.steps if audit else {}).items():
-        known = manifest.checkpoints.get(step)
-        if known is None or verdict.weights != list(known.weights):
+        if not _holds(verdict, manifest.checkpoints.get(step)):
             log.warning("the audit of %s is older than its step %d: audit it again", manifest.url, step)
-        elif verdict.verdict == BAD:
-            bad[step] = verdict.reason
-        else:
-            bad.pop(step, None)
-    used = [step for step in sorted(set(steps)) if step in bad]
+    bad = bad_steps(manifest, audit)
+    used = [step for step in sorted(steps) if step in bad]
     if used:
         reasons = "\n  ".join(f"step {step}: {bad[step]}; {_nearest(step, manifest, bad)}" for step in used)
         raise BadTrajectory(
             f"{manifest.url}: the schedule uses {len(used)} bad teacher checkpoint(s):\n  {reasons}\n"
             "Name good ones in schedule.checkpoints, or mend the trajectory and audit it again"
         )
+    refuse_without_hashes(manifest, steps)
+
+
+def _holds(verdict: Verdict, checkpoint: Checkpoint | None) -> bool:
+    """Whether it was given on these weights."""
+    return checkpoint is not None and verdict.weights == list(checkpoint.weights)
 
 
 def _nearest(step: int, manifest: Manifest, bad: Mapping[int, str]) -> str:
