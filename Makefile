@@ -1,11 +1,12 @@
-# `make` lists the targets. PYTHON, VENV and PIP_FLAGS can be set: make venv PYTHON=python3.12
+# `make` lists the targets. PYTHON, VENV, PIP_FLAGS and WORKERS can be set: make venv PYTHON=python3.12
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check
 # One thread a process: small tensors are slower with two, and tests start several processes.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help venv demo test test-all lint bench clean
 

@@ -353,6 +353,8 @@ BAD_INPUT: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     ((LOGITS, LOGITS, None), {"kind": "jsd", "beta": 1.5}, r"0\.\.1, got 1\.5"),
     ((LOGITS, LOGITS, None), {"kind": "jsd", "beta": float("nan")}, "beta.*nan"),
     ((LOGITS, LOGITS, None), {"soft_weight": float("inf")}, "soft_weight.*inf"),
+    ((LOGITS, LOGITS, None), {"vocab_size": True}, "vocab_size must be a whole number of columns, got True"),
+    ((LOGITS, LOGITS, None), {"vocab_size": 5.0}, "vocab_size must be a whole number of columns, got 5.0"),
     ((LOGITS, LOGITS, None), {"kind": "reverse_kl", "temperature": 0.0}, "reverse KL is infinite"),
     ((LOGITS, LOGITS, None, torch.ones(3)), {}, r"weights_N must be float32 \[2\], got torch.float32 \(3,\)"),
     ((LOGITS, LOGITS, None, torch.ones(2).double()), {}, "float64"),
@@ -377,6 +379,9 @@ BAD_TARGETS: list[tuple[SparseTargets, str]] = [
     (SparseTargets(IDS, PROBS, torch.ones(3)), r"tail_N must be float32 \[2\]"),
     (SparseTargets(IDS + 2, PROBS), "target id 5 in row 1"),
     (SparseTargets(IDS, PROBS, None, torch.ones(2)), "no labels"),
+    (SparseTargets(torch.tensor([[0, 1], [3, 3]]), PROBS), "target id 3 stands twice in row 1"),
+    (SparseTargets(IDS, PROBS, torch.tensor([0.0, 0.2])), "targets of row 1 must be .* got a sum of 1.2000"),
+    (SparseTargets(IDS, torch.tensor([[0.5, 0.5], [1.2, -0.2]])), "row 1 .* a smallest of -0.2"),
 ]
 
 
@@ -384,6 +389,12 @@ BAD_TARGETS: list[tuple[SparseTargets, str]] = [
 def test_targets_that_do_not_fit_are_refused(targets: SparseTargets, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sparse_divergence(LOGITS, targets)
+
+
+def test_gold_probability_that_was_not_in_the_tail_is_refused() -> None:
+    targets = SparseTargets(IDS, 0.9 * PROBS, torch.full((2,), 0.1), torch.tensor([0.05, 0.7]))
+    with pytest.raises(ValueError, match=r"gold_N of row 1 is 0.7, more than the tail_N of 0.1"):
+        sparse_divergence(LOGITS, targets, torch.tensor([4, 4]))
 
 
 @has_cpu

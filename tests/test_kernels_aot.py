@@ -54,6 +54,9 @@ SHIPPED = [
     *(Asked(kind=kind, V=V) for kind in ("reverse_kl", "jsd", "tvd") for V in (4096, 8192)),
     *(Asked(kind=kind, V=V) for kind in ("forward_kl", "jsd") for V in (50304, 128256)),
     *(Asked(kind=kind, V=V) for kind in ("forward_kl", "reverse_kl", "jsd", "tvd") for V in (30522, 50257)),
+    *(
+        Asked(kind=kind, V=30522, padding=6) for kind in ("forward_kl", "jsd")
+    ),  # rows as linear_divergence has them
     *(Asked(kind=kind, V=50257, padding=47) for kind in ("forward_kl", "reverse_kl", "jsd", "tvd")),
     Asked(kind="jsd", V=50257, padding=47, temperature_on="both"),
     *(Asked(target, V=V) for target in ("labels", "sparse", "sparse with tail") for V in (30522, 50257)),

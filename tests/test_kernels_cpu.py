@@ -293,3 +293,10 @@ def test_unknown_instruction_set_is_refused_with_those_there_are(monkeypatch: py
     monkeypatch.setenv("DISTILL_ISA", "mmx")
     with pytest.raises(RuntimeError, match=f"DISTILL_ISA is mmx, this processor and build have {ISAS}"):
         run(logits(1, 8), logits(1, 8))
+
+
+def test_bare_operator_refuses_to_be_differentiated_to_nothing() -> None:
+    logits = torch.randn(2, 9, requires_grad=True)
+    terms = ("forward_kl", 0.5, 1.0, 0.0, 1.0, 1.0, 9)
+    with pytest.raises(RuntimeError, match=r"can't be differentiated: call distill\.kernels\.divergence"):
+        torch.ops.distill.divergence(logits, torch.randn(2, 9), *[None] * 6, *terms)

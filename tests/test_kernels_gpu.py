@@ -230,6 +230,17 @@ def test_edge_a_broken_row_makes_the_loss_nan(use: Any, kernel: str, temperature
 
 
 @on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_edge_student_that_is_its_teacher_has_no_loss_and_no_gradient(dtype: torch.dtype) -> None:
+    logits = (3 * torch.randn(5, 1004, device=DEVICE)).to(dtype)
+    student = logits.clone().requires_grad_()
+    loss = divergence(student, logits, impl="triton").loss
+    loss.backward()
+    assert abs(loss.item()) < 1e-4
+    assert student.grad is not None and not student.grad.any()
+
+
+@on_device
 def test_edge_memory_of_any_strides_is_read_and_written(use: Any) -> None:
     use("tiles")
     student, teacher = torch.randn(5, 600, device=DEVICE), torch.randn(5, 600, device=DEVICE).bfloat16()
@@ -280,11 +291,11 @@ def test_edge_classes_that_do_not_exist_make_infinite_or_nan_sums_and_write_nowh
     use("tiles")
     memory = torch.randn(4, 1024, device=DEVICE)
     student, before = memory[1:3, :1000], memory.clone()
-    for label in (1000, 10**6, -1, -101):
+    for label in (1000, 10**6, -1, -101, 2**32 + 5, 2**32 - 100):
         labels = torch.full((2,), label, device=DEVICE)
         sums = gpu.value_and_grad(student, student.clone(), labels, None, _terms(1000, hard_weight=1.0), None)
         assert sums.hard.isinf() and sums.loss.isinf() and sums.num_correct == 0
-    for wrong in (1000, -5):
+    for wrong in (1000, -5, 2**32 + 5):
         targets = SparseTargets(torch.full((2, 1), wrong, device=DEVICE), torch.ones(2, 1, device=DEVICE))
         assert gpu.value_and_grad(student, targets, None, None, _terms(1000), student).loss.isnan()
     changed = (memory != before) & ~(before != before)

@@ -395,7 +395,7 @@ def with_head(**changes: Any) -> Case:
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
     case = Case()
-    with pytest.raises(ValueError, match="chunk_rows must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="chunk_rows must be a whole number of at least 1, got 0"):
         case.fused(chunk_rows=0)
     with pytest.raises(ValueError, match="must be given together"):
         linear_divergence(case.student, case.head, case.teacher, None, case.labels)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from distill.kernels.terms import IGNORED_LABEL, SparseTargets, Terms
 
+ROUNDING = 1e-3  # of a sum of probabilities that were stored in few bits
+
 
 def real_vocabulary(student_NV: Tensor, teacher_NV: Tensor | None, vocab_size: int | None) -> int:
     """Number of columns that are no padding. Raises ValueError if the logits do not agree about it."""
@@ -29,6 +31,8 @@ def agreed_vocabulary(student_columns: int, teacher_columns: int | None, vocab_s
                 "give vocab_size if those beyond it are padding"
             )
         vocab_size = widths[0]
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
+        raise ValueError(f"vocab_size must be a whole number of columns, got {vocab_size!r}")
     if not 1 <= vocab_size <= min(widths):
         raise ValueError(f"vocab_size must be in 1..{min(widths)} (columns of the logits), got {vocab_size}")
     return vocab_size
@@ -87,11 +91,29 @@ def _check_sparse(targets: SparseTargets, num_rows: int, device: torch.device, t
         raise ValueError(f"student is on {device}, targets.ids_NK on {ids_NK.device}: move one")
     if ids_NK.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    wrong_NK = (probs_NK != 0) & ((ids_NK < 0) | (ids_NK >= terms.vocab_size))
-    if bool(wrong_NK.any()):
+    _check_entries(targets, terms.vocab_size)
+
+
+def _check_entries(targets: SparseTargets, vocab_size: int) -> None:
+    """What would give a silent wrong number: entries that are no classes, come twice, or are no distribution."""
+    ids_NK, probs_NK, tail_N, _ = targets
+    is_entry_NK = probs_NK != 0
+    if (wrong_NK := is_entry_NK & ((ids_NK < 0) | (ids_NK >= vocab_size))).any():
         row, entry = wrong_NK.nonzero()[0].tolist()
+        raise ValueError(f"target id {int(ids_NK[row, entry])} in row {row} is not in 0..{vocab_size - 1}")
+    sorted_NK = ids_NK.where(is_entry_NK, -1 - torch.arange(ids_NK.shape[1])).sort(1).values
+    if (twice_NK := sorted_NK[:, 1:] == sorted_NK[:, :-1]).any():
+        row, entry = twice_NK.nonzero()[0].tolist()
         raise ValueError(
-            f"target id {int(ids_NK[row, entry])} in row {row} is not in 0..{terms.vocab_size - 1}"
+            f"target id {int(sorted_NK[row, entry])} stands twice in row {row}: add its probabilities up"
+        )
+    mass_N = probs_NK.sum(1) if tail_N is None else probs_NK.sum(1) + tail_N
+    least_N = probs_NK.amin(1) if tail_N is None else torch.minimum(probs_NK.amin(1), tail_N)
+    if (wrong_N := (least_N < 0) | (mass_N > 1 + ROUNDING)).any():
+        row = int(wrong_N.nonzero()[0])
+        raise ValueError(
+            f"targets of row {row} must be probabilities with a sum of at most 1, tail included, "
+            f"got a sum of {float(mass_N[row]):.4f} and a smallest of {float(least_N[row]):.4g}"
         )
 
 

@@ -70,18 +70,18 @@ class _Chunked(torch.autograd.Function):
 def _run(hidden_ND: Tensor, head: Head, gradients: _Gradients, job: Job) -> Divergence:
     student = _Layer(head, job)
     teacher = None if job.teacher_head is None else _Layer(job.teacher_head, job)
-    value_and_grad = pick(job.impl, student.room_CV, job.targets if teacher is None else teacher.room_CV)
+    value_and_grad = pick(job.impl, student.room_CW, job.targets if teacher is None else teacher.room_CW)
     parts = []
     for start in range(0, max(hidden_ND.shape[0], 1), job.chunk_rows):
         rows = slice(start, start + job.chunk_rows)
         hidden_CD = hidden_ND[rows].to(student.dtype)
-        logits_CV = student.logits(hidden_CD)
-        grad_CV = student.room_for_gradient(logits_CV) if gradients.any else None
+        logits_CW = student.logits(hidden_CD)
+        grad_CW = student.room_for_gradient(logits_CW) if gradients.any else None
         labels, weights = _rows_of(job.labels_N, rows), _rows_of(job.weights_N, rows)
         against = _targets_at(job, teacher, rows)
-        parts.append(value_and_grad(logits_CV, against, labels, weights, job.terms, grad_CV))
-        if grad_CV is not None:
-            student.before_the_cap(grad_CV, logits_CV)
+        parts.append(value_and_grad(logits_CW, against, labels, weights, job.terms, grad_CW))
+        if grad_CW is not None:
+            grad_CV = student.before_the_cap(grad_CW, logits_CW)
             gradients.add(rows, grad_CV, hidden_CD, student.weight_VD)
     return _total(parts)
 
@@ -106,7 +106,10 @@ def _total(parts: list[Divergence]) -> Divergence:
 
 
 class _Layer:
-    """A head that makes the logits of one chunk after another in the same memory, of real classes only."""
+    """A head that makes the logits of one chunk after another in the same memory, of real classes only.
+
+    Suffix W: V columns and then padding, that rows start and end at whole cache lines, as GPUs load them fastest.
+    """
 
     def __init__(self, head: Head, job: Job) -> None:
         vocab_size = job.terms.vocab_size
@@ -114,37 +117,39 @@ class _Layer:
         self.weight_VD = head.weight_VD.detach()[:vocab_size].to(self.dtype)
         self.bias_V = None if head.bias_V is None else head.bias_V.detach()[:vocab_size].to(self.dtype)
         self.softcap = head.softcap
-        self.room_CV = self._new_room(job.chunk_rows)
-        self._gradient_room_CV: Tensor | None = None
+        self.room_CW = self._new_room(job.chunk_rows)
+        self._gradient_room_CW: Tensor | None = None
 
     def _new_room(self, num_rows: int) -> Tensor:
-        vocab_size = self.weight_VD.shape[0]
-        width = (vocab_size + 63) // 64 * 64  # rows start at whole cache lines, as GPUs load them fastest
-        return self.weight_VD.new_empty(num_rows, width)[:, :vocab_size]
+        return self.weight_VD.new_empty(num_rows, (self.weight_VD.shape[0] + 63) // 64 * 64)
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
-        """[C, V] in the shared memory, valid until the next chunk."""
-        logits_CV = self.room_CV[: hidden_CD.shape[0]]
+        """[C, W] in the shared memory, valid until the next chunk; anything in the padding."""
+        logits_CW = self.room_CW[: hidden_CD.shape[0]]
+        logits_CV = logits_CW[:, : self.weight_VD.shape[0]]
         if self.bias_V is None:
             torch.mm(hidden_CD, self.weight_VD.T, out=logits_CV)
         else:
             torch.addmm(self.bias_V, hidden_CD, self.weight_VD.T, out=logits_CV)
-        return logits_CV if self.softcap is None else logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.softcap is not None:
+            logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_CW
 
-    def room_for_gradient(self, logits_CV: Tensor) -> Tensor:
+    def room_for_gradient(self, logits_CW: Tensor) -> Tensor:
         """The logits' own memory, unless the slope of a softcap has yet to be made of them."""
         if self.softcap is None:
-            return logits_CV
-        if self._gradient_room_CV is None:
-            self._gradient_room_CV = self._new_room(self.room_CV.shape[0])
-        return self._gradient_room_CV[: logits_CV.shape[0]]
+            return logits_CW
+        if self._gradient_room_CW is None:
+            self._gradient_room_CW = self._new_room(self.room_CW.shape[0])
+        return self._gradient_room_CW[: logits_CW.shape[0]]
 
-    def before_the_cap(self, grad_CV: Tensor, logits_CV: Tensor) -> None:
-        """Turns the gradient of capped logits into that of the linear layer's output; uses up the logits."""
+    def before_the_cap(self, grad_CW: Tensor, logits_CW: Tensor) -> Tensor:
+        """[C, V] gradient of the linear layer's output, in the memory of that of capped logits; uses up the logits."""
+        grad_CV, logits_CV = (x[:, : self.weight_VD.shape[0]] for x in (grad_CW, logits_CW))
         if self.softcap is None:
-            return
+            return grad_CV
         slope_CV = logits_CV.div_(self.softcap).square_().neg_().add_(1.0)
-        grad_CV.mul_(slope_CV.nan_to_num_(0.0))  # NaN stays where it counts: the gradient has it too
+        return grad_CV.mul_(slope_CV.nan_to_num_(0.0))  # NaN stays where it counts: the gradient has it too
 
 
 class _Gradients:

@@ -100,5 +100,17 @@ def _fake(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return *sums, *(student.new_empty((), dtype=torch.int64) for _ in range(2))
 
 
+def _refuse_gradient(*arguments: Any) -> Any:
+    """The Autograd kernel. The operator makes the gradient itself; by itself it would be differentiated to nothing."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+        raise RuntimeError(
+            "torch.ops.distill.divergence writes the gradient into grad_NV and can't be differentiated: "
+            "call distill.kernels.divergence"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.distill.divergence(*arguments)
+
+
 if not load_problem:
     torch.library.register_fake("distill::divergence", _fake)
+    torch.library.impl("distill::divergence", "Autograd", _refuse_gradient)

@@ -142,6 +142,6 @@ def rows_at_once(hidden_ND: Tensor, terms: Terms, chunk_rows: int | None) -> int
         most = ROWS_ON_CPU if hidden_ND.device.type == "cpu" else ROWS_ON_GPU
         fit = LOGITS_BYTES // (2 * terms.vocab_size * hidden_ND.element_size())
         chunk_rows = max(128, min(most, fit // 128 * 128))
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    if not isinstance(chunk_rows, int) or chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be a whole number of at least 1, got {chunk_rows}")
     return max(1, min(chunk_rows, hidden_ND.shape[0]))

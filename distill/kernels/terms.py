@@ -12,6 +12,7 @@ from torch import Tensor
 
 IGNORED_LABEL = -100
 ARGMAX_BELOW = 1e-4  # colder teachers are their arg-max; dividing by such a temperature would overflow
+GOLD_ROUNDING = 1e-3  # of probabilities that were stored in few bits
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
 KINDS = ("forward_kl", "reverse_kl", "jsd", "tvd")
@@ -132,9 +133,22 @@ def gold_as_entry(targets: SparseTargets, labels_N: Tensor | None) -> SparseTarg
     label_N = labels_N.clamp(min=0)
     is_known_N = ((targets.ids_NK == label_N[:, None]) & (targets.probs_NK > 0)).any(1)
     extra_N = targets.gold_N.masked_fill(is_known_N | (labels_N == IGNORED_LABEL), 0.0)
+    _check_gold(extra_N, targets.tail_N)
     tail_N = None if targets.tail_N is None else (targets.tail_N - extra_N).clamp(min=0.0)
     return SparseTargets(
         torch.cat([targets.ids_NK, label_N[:, None]], 1),
         torch.cat([targets.probs_NK, extra_N[:, None]], 1),
         tail_N,
     )
+
+
+def _check_gold(extra_N: Tensor, tail_N: Tensor | None) -> None:
+    """On CPU, where looking costs no wait: what is taken out of the tail was in it."""
+    if tail_N is None or tail_N.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if (wrong_N := extra_N > tail_N + GOLD_ROUNDING).any():
+        row = int(wrong_N.nonzero()[0])
+        raise ValueError(
+            f"targets.gold_N of row {row} is {float(extra_N[row]):.4g}, more than the tail_N of {float(tail_N[row]):.4g} "
+            "that holds it: the label is no kept class there, so its probability is part of the tail"
+        )

@@ -16,4 +16,4 @@ def scale_(gradient: Tensor, loss_grad: Tensor) -> Tensor:
         return gradient if loss_grad.item() == 1 else gradient.mul_(loss_grad)
     from distill.kernels import gpu  # takes a second to import, which a run on CPU need not wait for
 
-    return gradient.mul_(loss_grad) if gpu.load_problem else gpu.scale_(gradient, loss_grad)
+    return gradient.mul_(loss_grad) if gpu.problem_with(gradient, None) else gpu.scale_(gradient, loss_grad)

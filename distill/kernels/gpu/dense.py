@@ -17,6 +17,7 @@ from distill.kernels.gpu.rows import (
     LOG2E,
     fast_log2,
     log2_exp,
+    product,
     shift_of,
     sum_of_four,
     sum_of_two,
@@ -112,10 +113,10 @@ def all_joined(parts, settings, how: tl.constexpr):
 
 
 @triton.jit
-def _probs(x, peak, mass, scale):
+def _probs(x, peak, mass, scale, how: tl.constexpr):
     """Probabilities and their logs."""
     y = log2_exp(x, peak, scale)
-    return tl.exp2(y) * (1.0 / mass), y - tl.log2(mass)
+    return product(tl.exp2(y), 1.0 / mass, how), y - tl.log2(mass)
 
 
 @triton.jit
@@ -142,8 +143,8 @@ def _mixture(s, t, stats, settings, how: tl.constexpr):
 def tile_mixed(s, t, stats, settings, how: tl.constexpr):
     """JSD and TVD alone: a tile's sums that need the masses of the whole row."""
     if how.kind == "tvd":
-        p, _ = _probs(s, stats.student_peak, stats.student_mass, settings.student_scale)
-        q, _ = _probs(t, stats.teacher_peak, stats.teacher_mass, settings.teacher_scale)
+        p, _ = _probs(s, stats.student_peak, stats.student_mass, settings.student_scale, how)
+        q, _ = _probs(t, stats.teacher_peak, stats.teacher_mass, settings.teacher_scale, how)
         by_student, other = sum_of_two(p * _sign(p - q), tl.abs(p - q))
     else:
         p, p_to_m, q, q_to_m = _mixture(s, t, stats, settings, how)
@@ -178,12 +179,12 @@ def soft_terms(stats, mixed, settings, how: tl.constexpr):
 @triton.jit
 def _soft_grad(s, t, stats, mixed, slope, settings, how: tl.constexpr):
     """slope * d divergence / d (student logit / temperature)."""
-    p, log_p = _probs(s, stats.student_peak, stats.student_mass, settings.student_scale)
-    q, log_q = _probs(t, stats.teacher_peak, stats.teacher_mass, settings.teacher_scale)
+    p, log_p = _probs(s, stats.student_peak, stats.student_mass, settings.student_scale, how)
+    q, log_q = _probs(t, stats.teacher_peak, stats.teacher_mass, settings.teacher_scale, how)
     if how.kind == "forward_kl":  # the slope goes into the masses, which saves a product
         es = tl.exp2(log2_exp(s, stats.student_peak, settings.student_scale))
         et = tl.exp2(log2_exp(t, stats.teacher_peak, settings.teacher_scale))
-        grad = es * (slope / stats.student_mass) - et * (slope / stats.teacher_mass)
+        grad = product(es, slope / stats.student_mass, how) - product(et, slope / stats.teacher_mass, how)
     elif how.kind == "reverse_kl":
         mean = stats.gap / stats.student_mass + tl.log2(stats.teacher_mass) - tl.log2(stats.student_mass)
         grad = p * tl.where(p == 0, 0.0, log_p - log_q - mean) * (slope * LN2)

@@ -28,6 +28,7 @@ from distill.kernels.gpu.rows import (
     find_label,
     float32,
     hard_term,
+    in_32_bits,
     load,
     log2_exp,
     row_label,
@@ -145,7 +146,7 @@ def _load_points(rows, row, points, how: tl.constexpr, TARGET: tl.constexpr, POI
         ids, probs = lane * 0 + best, probs + tl.where(is_sound, 1.0, float("nan"))
     if TARGET == "sparse":
         at = row.to(tl.int64) * points.count + lane
-        ids = tl.load(points.ids + at, mask=lane < points.count, other=0).to(tl.int32)
+        ids = in_32_bits(tl.load(points.ids + at, mask=lane < points.count, other=0))
         probs = tl.load(points.probs + at, mask=lane < points.count, other=0.0)
         if points.tail is not None:
             tail = tl.load(points.tail + row)

@@ -125,6 +125,19 @@ def fast_log2(x, how: tl.constexpr):
 
 
 @triton.jit
+def product(x, factor, how: tl.constexpr):
+    """x times a number, rounded: no compiler may fuse it with what comes after. The difference of two such products is
+    exactly 0 where both are the same."""
+    if how.ptx:
+        y = tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=r,r,r", [x, factor], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = x * factor
+    return y
+
+
+@triton.jit
 def shift_of(peak, scale):
     """A whole number near the log2 of the largest exp(x / temperature): differences of shifts are exact, and so is
     what they scale by. Not below the lowest finite number, or a tile of nothing but -inf would hold NaN."""
@@ -184,8 +197,16 @@ def row_label(rows, row):
     """0 without labels: every row counts."""
     label = row * 0
     if rows.labels is not None:
-        label = tl.load(rows.labels + row).to(tl.int32)
+        wide = tl.load(rows.labels + row)
+        label = tl.where(wide == IGNORED, IGNORED, in_32_bits(wide))
     return label
+
+
+@triton.jit
+def in_32_bits(index):
+    """An index as int32; what does not fit there, which is no class, becomes the largest, which is none either."""
+    fits = (index >= -2147483648) & (index <= 2147483647)
+    return tl.where(fits, index, 2147483647).to(tl.int32)
 
 
 @triton.jit
