@@ -26,7 +26,7 @@ from distill.signals import Stopped, stop_signal
 from distill.teacher import Teacher
 from distill.trajectory.audit.verdicts import refuse_bad_steps
 from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
-from distill.trajectory.publish import Publisher
+from distill.trajectory.publish import Publisher, object_storage
 from distill.trajectory.store import open_store
 
 log = logging.getLogger(__name__)
@@ -219,12 +219,15 @@ def student_model(config: Config, samples: Samples) -> PreTrainedModel:
 def own_trajectory(
     config: Config, world: World, folder: Path, model: PretrainedConfig, tokenizer: TokenizerInfo
 ) -> Publisher:
-    """The trajectory that this run leaves: new, or as it stands when the run goes on. Rank 0 alone publishes it."""
+    """The trajectory that this run leaves: new, or as it stands when the run goes on. Rank 0 alone publishes it.
+
+    Raises ValueError where save.trajectory_to is no object storage: on all ranks, or the others would wait for one.
+    """
+    store = object_storage(config.save.trajectory_to) if config.save.trajectory_to else None
     root = folder / "trajectory"
     if (root / "manifest.json").exists():
         own = load_manifest(root)
     else:
         root.mkdir(exist_ok=True)
         own = Manifest(open_store(root), "distill", model.model_type, model.vocab_size, tokenizer.sha256)
-    to = config.save.trajectory_to if world.is_main else ""
-    return Publisher(own, open_store(to) if to else None)
+    return Publisher(own, store if world.is_main else None)

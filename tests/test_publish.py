@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from storage import Seaweed
-from tiny import Kill, Started, rows, settings
+from tiny import TOKENIZER, VOCABULARY, Kill, Started, config, rows, settings
+from transformers import BertConfig
 
+from distill.build import own_trajectory
+from distill.distributed import World
 from distill.schedule import in_loss_drop
 from distill.trajectory import publish as publish_module
 from distill.trajectory.index import index_trajectory
-from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
-from distill.trajectory.publish import publish
+from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, load_manifest
+from distill.trajectory.publish import Publisher, publish
 from distill.trajectory.store import StoreError, open_store
 
 TEACHER = {"steps": 24, "seed": 1, "save__trajectory_every": 8, "save__trajectory_first": 2}
@@ -113,7 +118,53 @@ def test_upload_that_was_cut_off_goes_on_with_the_next_file(
     assert list(load_manifest(bucket).checkpoints) == [8]
 
 
+def test_folder_is_copied_to_a_folder_and_stays(trajectory: Path, teacher_run: Path, tmp_path: Path) -> None:
+    publish(trajectory, str(tmp_path / "copy"))
+    publish(trajectory, (tmp_path / "copy").as_uri())
+    publish(trajectory, str(trajectory))
+    for place in (tmp_path / "copy", trajectory):
+        assert_published(str(place), teacher_run)
+
+
 # ------------------------------------------------------------------------------------------------ of a run
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("to", ["{}/there", "file://{}/there", "s3:bucket", "https://server{}", "hf://a/b"])
+def test_run_is_sent_to_object_storage_only_which_all_ranks_say_alike(
+    to: str, rank: int, shards: Path, tmp_path: Path
+) -> None:
+    """A folder has no use for it, and once both copies of a checkpoint were removed."""
+    to = to.format(tmp_path)
+    settled = config(shards, tmp_path / "run", save__trajectory_every=8, save__trajectory_to=to)
+    world, model = World(rank, 2, rank, torch.device("cpu")), BertConfig(vocab_size=VOCABULARY)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match=r"save.trajectory_to .* got '.*': give s3://.* leave it out"):
+        own_trajectory(settled, world, tmp_path / "run", model, TOKENIZER)
+
+
+@pytest.fixture
+def own(trajectory: Path) -> tuple[Manifest, dict[int, Checkpoint]]:
+    """The manifest of a run that has left nothing yet, and what it will leave."""
+    manifest = load_manifest(trajectory)
+    checkpoints, manifest.checkpoints, manifest.complete = manifest.checkpoints, {}, False
+    return manifest, checkpoints
+
+
+@pytest.mark.parametrize("location", ["", ".", "..", "{}/elsewhere", "../elsewhere", "inside/step"])
+def test_nothing_outside_its_own_folder_is_sent_or_removed(
+    location: str, own: Any, bucket: str, trajectory: Path, tmp_path: Path
+) -> None:
+    manifest, checkpoints = own
+    for place in ("elsewhere", "trajectory/inside/step"):
+        shutil.copytree(trajectory / "step_00000008", tmp_path / place)
+    shutil.copytree(trajectory / "step_00000008", trajectory, dirs_exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    publisher = Publisher(manifest, open_store(bucket))
+    publisher.add(dataclasses.replace(checkpoints[8], location=location.format(tmp_path)))
+    with pytest.raises(BadTrajectory, match="is no folder right in"):
+        publisher.complete()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def teach(arguments: list[str], folder: Path, seaweed: Seaweed, name: str, kill: Kill | None = None) -> Any:

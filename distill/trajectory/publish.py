@@ -19,6 +19,7 @@ from distill.trajectory.store import Store, StoreError, open_store
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 60.0  # until an upload that failed is tried again
 JOURNAL = ".uploaded"  # in a checkpoint's folder: etag in the store of each file that has arrived
+OBJECT_STORAGE = ("s3://", "gs://", "az://")
 
 
 class Publisher:
@@ -39,9 +40,7 @@ class Publisher:
             for name in (
                 c.location.rpartition("/")[2] for c in own.checkpoints.values() if "://" in c.location
             ):
-                shutil.rmtree(
-                    self.folder / name, ignore_errors=True
-                )  # it had arrived when the run was killed
+                shutil.rmtree(self._place(name), ignore_errors=True)  # it had arrived when the run was killed
             self._thread.start()
             self._wake.set()
 
@@ -80,7 +79,7 @@ class Publisher:
             self._wake.clear()
             try:
                 self._send_pending(self._closing.is_set)
-            except OSError as error:
+            except (OSError, BadTrajectory) as error:
                 log.warning("a checkpoint waits in %s: %s", self.folder, error)
 
     def _send_pending(self, stopped: Callable[[], bool] = lambda: False) -> None:
@@ -89,7 +88,7 @@ class Publisher:
 
     def _send(self, checkpoint: Checkpoint) -> None:
         assert self.published is not None
-        source, start = self.folder / checkpoint.location, time.perf_counter()
+        source, start = self._place(checkpoint.location), time.perf_counter()
         upload(self.published, checkpoint, source, source / JOURNAL)
         there = f"{self.published.url}/{checkpoint.location}"
         with self._lock:
@@ -103,6 +102,13 @@ class Publisher:
             seconds,
             there,
         )
+
+    def _place(self, name: str) -> Path:
+        """A checkpoint's folder, which is removed once sent. Raises BadTrajectory for what lies anywhere else."""
+        place = self.folder / name
+        if place.resolve().parent != self.folder.resolve():
+            raise BadTrajectory(f"{name!r} is no folder right in {self.folder}: it is not sent, nor removed")
+        return place
 
 
 def _published(own: Manifest, store: Store) -> Manifest:
@@ -149,6 +155,20 @@ def _etag(store: Store, name: str) -> str | None:
         if error.kind != "missing":
             raise
         return None
+
+
+def object_storage(url: str) -> Store:
+    """The store that a run sends its trajectory to; nothing is asked of it yet.
+
+    Raises ValueError for a folder, where the run's own would lie twice, and for what can't be written.
+    """
+    store = open_store(url)
+    if not store.url.startswith(OBJECT_STORAGE):
+        raise ValueError(
+            f"save.trajectory_to must be a place in object storage, got {url!r}: give s3://bucket/prefix, gs:// or az://; "
+            "leave it out and the trajectory stays in run_dir"
+        )
+    return store
 
 
 def publish(source: str | Path, to: str) -> Manifest:
