@@ -20,8 +20,8 @@ from distill.schedule import in_loss_drop
 from distill.trajectory import publish as publish_module
 from distill.trajectory.index import index_trajectory
 from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, load_manifest
-from distill.trajectory.publish import Publisher, publish
-from distill.trajectory.store import StoreError, open_store
+from distill.trajectory.publish import Published, Publisher, publish
+from distill.trajectory.store import Remote, StoreError, open_store
 
 TEACHER = {"steps": 24, "seed": 1, "save__trajectory_every": 8, "save__trajectory_first": 2}
 
@@ -94,7 +94,7 @@ def test_upload_that_was_cut_off_goes_on_with_the_next_file(
     trajectory: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, store = load_manifest(trajectory), open_store(bucket)
-    there = publish_module._published(own, store)
+    there = Published(own, store)
     checkpoint, sent = own.checkpoints[8], []
     source, journal = trajectory / checkpoint.location, tmp_path / "journal"
     plain = type(store).upload
@@ -109,7 +109,7 @@ def test_upload_that_was_cut_off_goes_on_with_the_next_file(
     with pytest.raises(StoreError):
         publish_module.upload(there, checkpoint, source, journal)
     assert 0 < len(sent) < len(checkpoint.files)
-    assert 8 not in there.checkpoints
+    assert 8 not in there.manifest.checkpoints
     monkeypatch.setattr(
         type(store), "upload", lambda s, local, path: (sent.append(local.name), plain(s, local, path))
     )
@@ -124,6 +124,62 @@ def test_folder_is_copied_to_a_folder_and_stays(trajectory: Path, teacher_run: P
     publish(trajectory, str(trajectory))
     for place in (tmp_path / "copy", trajectory):
         assert_published(str(place), teacher_run)
+
+
+def test_one_who_sends_where_somebody_else_does_is_stopped_and_takes_nothing_away(
+    trajectory: Path, bucket: str
+) -> None:
+    own, store = load_manifest(trajectory), open_store(bucket)
+    first, second = Published(own, store), Published(own, store)
+    send(first, own, 8)
+    for step in (8, 16):
+        with pytest.raises(StoreError, match=f"{bucket}/manifest.json was changed by somebody else"):
+            send(second, own, step)
+    send(first, own, 4)
+    assert list(load_manifest(bucket).checkpoints) == [4, 8]
+    third = Published(own, store)
+    send(first, own, 2)
+    with pytest.raises(StoreError, match="was changed by somebody else"):
+        third.mark_complete()
+    assert not load_manifest(bucket).complete
+
+
+def send(there: Published, own: Manifest, step: int) -> None:
+    publish_module.upload(there, own.checkpoints[step], Path(own.url) / own.checkpoints[step].location)
+
+
+def test_entry_is_not_written_where_somebody_else_replaced_a_file(
+    trajectory: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Remote.upload
+
+    def upload(self: Remote, local: Path, path: str) -> None:
+        plain(self, local, path)
+        if path == "model.safetensors":
+            self.write("config.json", b"another run's")
+
+    monkeypatch.setattr(Remote, "upload", upload)
+    with pytest.raises(StoreError, match=r"step_00000002/config.json was replaced by somebody else"):
+        publish(trajectory, bucket)
+    assert [o.path for o in open_store(bucket).objects() if "step_" not in o.path] == []
+
+
+def test_entry_whose_answer_was_lost_is_found_again(
+    trajectory: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = load_manifest(trajectory)
+    there, plain = Published(own, open_store(bucket)), Remote.create
+
+    def create(self: Remote, path: str, data: bytes) -> bool:
+        plain(self, path, data)
+        raise StoreError(path, "can't be reached", "unreachable")
+
+    monkeypatch.setattr(Remote, "create", create)
+    with pytest.raises(StoreError, match="can't be reached"):
+        send(there, own, 8)
+    for step in (8, 16):
+        send(there, own, step)
+    assert list(load_manifest(bucket).checkpoints) == [8, 16]
 
 
 # ------------------------------------------------------------------------------------------------ of a run
@@ -165,6 +221,57 @@ def test_nothing_outside_its_own_folder_is_sent_or_removed(
     with pytest.raises(BadTrajectory, match="is no folder right in"):
         publisher.complete()
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_run_that_comes_second_keeps_its_checkpoints(
+    own: Any, bucket: str, trajectory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest, checkpoints = own
+    whole = dataclasses.replace(manifest, checkpoints=checkpoints)
+    publisher = Publisher(manifest, open_store(bucket))
+    send(Published(whole, open_store(bucket)), whole, 4)
+    publisher.add(checkpoints[8])
+    with pytest.raises(StoreError, match=f"{bucket}/manifest.json was changed by somebody else"):
+        publisher.complete()
+    assert (trajectory / "step_00000008" / "model.safetensors").exists()
+    assert publisher.pending() == [checkpoints[8]]
+    assert list(load_manifest(bucket).checkpoints) == [4]
+
+
+def test_checkpoint_whose_entry_could_not_be_written_stays(
+    own: Any, bucket: str, trajectory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, checkpoints = own
+
+    def refuse(self: Remote, path: str, *_: Any) -> bool:
+        raise StoreError(path, "can't be reached", "unreachable")
+
+    publisher = Publisher(manifest, open_store(bucket))
+    with monkeypatch.context() as patched:
+        for name in ("write", "create", "replace"):
+            patched.setattr(Remote, name, refuse)
+        publisher.add(checkpoints[8])
+        with pytest.raises(StoreError, match="can't be reached"):
+            publisher.complete()
+        with pytest.raises(StoreError, match="can't be reached"):
+            publisher.complete()
+    assert (trajectory / "step_00000008" / "model.safetensors").exists()
+    Publisher(manifest, open_store(bucket)).complete()
+    assert not (trajectory / "step_00000008").exists()
+    assert list(load_manifest(bucket).checkpoints) == [8]
+
+
+def test_files_of_an_entry_that_the_store_has_lost_stay(own: Any, bucket: str, trajectory: Path) -> None:
+    """The run was killed when the entry was in both manifests, and before the files were removed."""
+    manifest, checkpoints = own
+    for step in (4, 8):
+        there = f"{bucket}/{checkpoints[step].location}"
+        manifest.add(dataclasses.replace(checkpoints[step], location=there))
+    whole = dataclasses.replace(manifest, checkpoints=checkpoints)
+    send(Published(whole, open_store(bucket)), whole, 4)
+    Publisher(manifest, open_store(bucket)).close()
+    assert not (trajectory / "step_00000004").exists()
+    assert (trajectory / "step_00000008").exists()
 
 
 def teach(arguments: list[str], folder: Path, seaweed: Seaweed, name: str, kill: Kill | None = None) -> Any:

@@ -22,6 +22,71 @@ JOURNAL = ".uploaded"  # in a checkpoint's folder: etag in the store of each fil
 OBJECT_STORAGE = ("s3://", "gs://", "az://")
 
 
+class Published:
+    """The manifest in the store that a trajectory is sent to, as it was last read or written here.
+
+    It is written only over that, so what somebody else writes meanwhile stays, and stops whoever notices.
+    """
+
+    def __init__(self, own: Manifest, store: Store) -> None:
+        """New, or as an earlier start left it.
+
+        Raises BadTrajectory where another run's trajectory is there; StoreError where it can't be read.
+        """
+        self._etag = _etag(store, NAME)
+        self._tried: Manifest | None = None  # to write; whether it is there, a lost answer leaves open
+        if self._etag is None:
+            self.manifest = dataclasses.replace(own, store=store, complete=False, checkpoints={})
+            return
+        self.manifest = load_manifest(store)
+        for step, checkpoint in self.manifest.checkpoints.items():
+            if step not in own.checkpoints or own.checkpoints[step].files != checkpoint.files:
+                raise BadTrajectory(
+                    f"{store.url} holds the trajectory of another run (its step {step} is not of this one): "
+                    "choose another place"
+                )
+
+    @property
+    def url(self) -> str:
+        return self.manifest.url
+
+    def add(self, checkpoint: Checkpoint) -> None:
+        """Record a checkpoint whose files are in place. Raises StoreError."""
+        checkpoints = {**self.manifest.checkpoints, checkpoint.step: checkpoint}
+        self._write(dataclasses.replace(self.manifest, checkpoints=dict(sorted(checkpoints.items()))))
+
+    def mark_complete(self) -> None:
+        """Record that the run has ended. Raises StoreError."""
+        if not self.manifest.complete:
+            self._write(dataclasses.replace(self.manifest, complete=True))
+
+    def check(self) -> None:
+        """Raises StoreError where somebody else has written since."""
+        store, etag = self.manifest.store, _etag(self.manifest.store, NAME)
+        if etag == self._etag:
+            return
+        if etag is None or self._tried is None or store.read(NAME) != self._tried.to_json().encode():
+            raise self._changed()
+        self.manifest, self._etag = self._tried, etag
+
+    def _write(self, manifest: Manifest) -> None:
+        self._tried, data = manifest, manifest.to_json().encode()
+        if self._etag is None:
+            manifest.store.create(NAME, data)
+        else:
+            manifest.store.replace(NAME, data, self._etag)
+        self.check()
+        if self.manifest is not manifest:
+            raise self._changed()
+
+    def _changed(self) -> StoreError:
+        said = (
+            "was changed by somebody else since it was read here: let one run or command at a time send there, or "
+            "choose another place, and start this one again"
+        )
+        return StoreError(f"{self.url}/{NAME}", said, "changed")
+
+
 class Publisher:
     """The trajectory that a run leaves in `own.store`, a local folder, and sends on to `store` if there is one.
 
@@ -32,15 +97,15 @@ class Publisher:
     def __init__(self, own: Manifest, store: Store | None) -> None:
         """Raises BadTrajectory where `store` holds another run's trajectory; StoreError where it can't be read."""
         self.own, self.folder = own, Path(own.url)
-        self.published = _published(own, store) if store else None
+        self.published = Published(own, store) if store else None
         self._lock = threading.Lock()  # of the run's own manifest
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
-        if store:
-            for name in (
-                c.location.rpartition("/")[2] for c in own.checkpoints.values() if "://" in c.location
-            ):
-                shutil.rmtree(self._place(name), ignore_errors=True)  # it had arrived when the run was killed
+        if self.published:
+            for step in self.published.manifest.checkpoints:
+                location = own.checkpoints[step].location
+                if "://" in location:  # it had arrived when the run was killed
+                    shutil.rmtree(self._place(location.rpartition("/")[2]), ignore_errors=True)
             self._thread.start()
             self._wake.set()
 
@@ -56,10 +121,11 @@ class Publisher:
         if self._thread.ident is not None:
             self._thread.join()
         self._send_pending()
-        for manifest in filter(None, (self.published, self.own)):
-            if not manifest.complete:
-                manifest.complete = True
-                manifest.write()
+        if self.published:
+            self.published.mark_complete()
+        if not self.own.complete:
+            self.own.complete = True
+            self.own.write()
 
     def close(self) -> None:
         """Begin no other upload. What is cut off is sent when the run goes on."""
@@ -111,29 +177,16 @@ class Publisher:
         return place
 
 
-def _published(own: Manifest, store: Store) -> Manifest:
-    """The manifest in `store`, new or as an earlier start of this run left it."""
-    if _etag(store, NAME) is None:
-        return dataclasses.replace(own, store=store, complete=False, checkpoints={})
-    there = load_manifest(store)
-    for step, checkpoint in there.checkpoints.items():
-        if step not in own.checkpoints or own.checkpoints[step].files != checkpoint.files:
-            raise BadTrajectory(
-                f"{store.url} holds the trajectory of another run (its step {step} is not of this one): "
-                "choose another place"
-            )
-    return there
-
-
-def upload(manifest: Manifest, checkpoint: Checkpoint, source: Path, journal: Path | None = None) -> None:
-    """Send the files of a checkpoint from the folder `source` to the manifest's store, then add its entry.
+def upload(there: Published, checkpoint: Checkpoint, source: Path, journal: Path | None = None) -> None:
+    """Send the files of a checkpoint from the folder `source`, then add its entry.
 
     journal: a file that remembers what has arrived, so that a second call goes on there.
-    Raises StoreError, OSError.
+    Raises StoreError, also where somebody else writes to the same place; OSError.
     """
-    if checkpoint.step in manifest.checkpoints:
+    there.check()
+    if checkpoint.step in there.manifest.checkpoints:
         return
-    store = manifest.store.under(checkpoint.location)
+    store = there.manifest.store.under(checkpoint.location)
     arrived: dict[str, str | None] = {}
     if journal and journal.exists():
         arrived = json.loads(journal.read_text(encoding="utf-8"))
@@ -144,7 +197,11 @@ def upload(manifest: Manifest, checkpoint: Checkpoint, source: Path, journal: Pa
         arrived[name] = _etag(store, name)
         if journal:
             write_text(journal, json.dumps(arrived))
-    manifest.add(checkpoint)
+    for name in checkpoint.files:
+        if _etag(store, name) != arrived[name]:
+            said = "was replaced by somebody else after it was sent: let one run at a time send there"
+            raise StoreError(f"{store.url}/{name}", said, "changed")
+    there.add(checkpoint)
 
 
 def _etag(store: Store, name: str) -> str | None:
@@ -178,11 +235,11 @@ def publish(source: str | Path, to: str) -> Manifest:
 
     Raises:
         BadTrajectory: no manifest in `source`, checkpoints that don't lie there, or another trajectory at `to`.
-        StoreError: what storage could not do.
+        StoreError: what storage could not do; somebody else writes there.
     """
     own = load_manifest(source)
-    there = _published(own, open_store(to))
-    waiting = [c for c in own.checkpoints.values() if c.step not in there.checkpoints]
+    there = Published(own, open_store(to))
+    waiting = [c for c in own.checkpoints.values() if c.step not in there.manifest.checkpoints]
     if elsewhere := [c.step for c in waiting if "://" in c.location]:
         raise BadTrajectory(
             f"{own.url}: the files of steps {elsewhere} lie elsewhere: `distill trajectory pull` them first"
@@ -191,7 +248,6 @@ def publish(source: str | Path, to: str) -> Manifest:
         for checkpoint in waiting:
             upload(there, checkpoint, Path(own.url) / checkpoint.location)
             advance(checkpoint.num_bytes)
-    if own.complete and not there.complete:
-        there.complete = True
-        there.write()
-    return there
+    if own.complete:
+        there.mark_complete()
+    return there.manifest
