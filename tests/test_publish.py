@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from distill.schedule import in_loss_drop
 from distill.trajectory import publish as publish_module
 from distill.trajectory.index import index_trajectory
 from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, load_manifest
-from distill.trajectory.publish import Published, Publisher, publish
+from distill.trajectory.publish import JOURNAL, Published, Publisher, publish
 from distill.trajectory.store import Remote, StoreError, open_store
 
 TEACHER = {"steps": 24, "seed": 1, "save__trajectory_every": 8, "save__trajectory_first": 2}
@@ -116,6 +118,39 @@ def test_upload_that_was_cut_off_goes_on_with_the_next_file(
     publish_module.upload(there, checkpoint, source, journal)
     assert sorted(sent) == sorted(checkpoint.files)
     assert list(load_manifest(bucket).checkpoints) == [8]
+
+
+def test_command_that_was_cut_off_sends_again_only_what_has_not_arrived_or_changed_since(
+    trajectory: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = load_manifest(trajectory)
+    manifest.checkpoints = {8: manifest.checkpoints[8]}
+    manifest.write()
+    sent, plain = [], Remote.upload
+
+    def upload(self: Remote, local: Path, path: str, fails: bool = True) -> None:
+        if fails and local.name == "tokenizer.json":
+            raise StoreError(path, "can't be reached", "unreachable")
+        sent.append(local.name)
+        plain(self, local, path)
+
+    monkeypatch.setattr(Remote, "upload", upload)
+    with pytest.raises(StoreError):
+        publish(trajectory, bucket)
+    assert {"config.json", "model.safetensors"} <= set(sent)
+    config = trajectory / "step_00000008" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    index_trajectory(trajectory)
+    sent.clear()
+    monkeypatch.setattr(Remote, "upload", functools.partialmethod(upload, fails=False))
+    manifest = load_manifest(trajectory)
+    manifest.checkpoints = {8: manifest.checkpoints[8]}
+    manifest.write()
+    there = publish(trajectory, bucket)
+    assert {"config.json", "tokenizer.json"} <= set(sent)
+    assert "model.safetensors" not in sent
+    assert there.files_of(8).read("config.json") == config.read_bytes()
+    assert not [p for p in trajectory.iterdir() if p.name.startswith(".")]
 
 
 def test_folder_is_copied_to_a_folder_and_stays(trajectory: Path, teacher_run: Path, tmp_path: Path) -> None:
@@ -272,6 +307,23 @@ def test_files_of_an_entry_that_the_store_has_lost_stay(own: Any, bucket: str, t
     Publisher(manifest, open_store(bucket)).close()
     assert not (trajectory / "step_00000004").exists()
     assert (trajectory / "step_00000008").exists()
+
+
+@pytest.mark.parametrize("journal", [b"{", b"[1]", b"\xff", b'{"config.json": "etag"}'])
+def test_journal_that_says_nothing_is_passed_over(
+    journal: bytes, own: Any, bucket: str, trajectory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest, checkpoints = own
+    (trajectory / checkpoints[8].location / JOURNAL).write_bytes(journal)
+    publisher = Publisher(manifest, open_store(bucket))
+    publisher.add(checkpoints[8])
+    until = time.monotonic() + 30
+    while publisher.pending() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not publisher.pending()
+    publisher.close()
+    assert ("can't be read" in caplog.text) == (journal[:2] != b'{"')
+    assert list(load_manifest(bucket).checkpoints) == [8]
 
 
 def teach(arguments: list[str], folder: Path, seaweed: Seaweed, name: str, kill: Kill | None = None) -> Any:

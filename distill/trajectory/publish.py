@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from data_prep.progress import progress
 from distill.files import write_text
@@ -18,7 +20,7 @@ from distill.trajectory.store import Store, StoreError, open_store
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 60.0  # until an upload that failed is tried again
-JOURNAL = ".uploaded"  # in a checkpoint's folder: etag in the store of each file that has arrived
+JOURNAL = ".uploaded"  # [etag in the store, sha256] of each file that has arrived
 OBJECT_STORAGE = ("s3://", "gs://", "az://")
 
 
@@ -187,21 +189,32 @@ def upload(there: Published, checkpoint: Checkpoint, source: Path, journal: Path
     if checkpoint.step in there.manifest.checkpoints:
         return
     store = there.manifest.store.under(checkpoint.location)
-    arrived: dict[str, str | None] = {}
-    if journal and journal.exists():
-        arrived = json.loads(journal.read_text(encoding="utf-8"))
-    for name in checkpoint.files:
-        if name in arrived and _etag(store, name) == arrived[name]:
-            continue
-        store.upload(source / name, name)
-        arrived[name] = _etag(store, name)
-        if journal:
-            write_text(journal, json.dumps(arrived))
-    for name in checkpoint.files:
-        if _etag(store, name) != arrived[name]:
+    arrived = _arrived(journal) if journal else {}
+    etags = {}
+    for name, (_, sha) in checkpoint.files.items():
+        key = f"{checkpoint.location}/{name}"
+        if sha is None or key not in arrived or arrived[key] != [_etag(store, name), sha]:
+            store.upload(source / name, name)
+            arrived[key] = [_etag(store, name), sha]
+            if journal:
+                write_text(journal, json.dumps(arrived))
+        etags[name] = arrived[key][0]
+    for name, etag in etags.items():
+        if _etag(store, name) != etag:
             said = "was replaced by somebody else after it was sent: let one run at a time send there"
             raise StoreError(f"{store.url}/{name}", said, "changed")
     there.add(checkpoint)
+
+
+def _arrived(journal: Path) -> dict[str, Any]:
+    """What a journal tells; nothing if it can't be read, so that all is sent again."""
+    try:
+        return dict(json.loads(journal.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as error:
+        log.warning("%s can't be read (%s): what it lists is sent again", journal, error)
+        return {}
 
 
 def _etag(store: Store, name: str) -> str | None:
@@ -244,10 +257,14 @@ def publish(source: str | Path, to: str) -> Manifest:
         raise BadTrajectory(
             f"{own.url}: the files of steps {elsewhere} lie elsewhere: `distill trajectory pull` them first"
         )
+    folder = Path(own.url)
+    journal = folder / JOURNAL if os.access(folder, os.W_OK) else None
     with progress(f"publish {there.url}", sum(c.num_bytes for c in waiting)) as advance:
         for checkpoint in waiting:
-            upload(there, checkpoint, Path(own.url) / checkpoint.location)
+            upload(there, checkpoint, folder / checkpoint.location, journal)
             advance(checkpoint.num_bytes)
     if own.complete:
         there.mark_complete()
+    if journal:
+        journal.unlink(missing_ok=True)
     return there.manifest
