@@ -8,10 +8,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -23,7 +23,7 @@ from distill.trajectory.nodes import Cancelled, Channel, Nodes
 from distill.trajectory.store import Store
 
 log = logging.getLogger(__name__)
-ROUND_BYTES = 256 << 20  # that a node reads before it passes them on
+ROUND_BYTES = 128 << 20  # that a node reads before it passes them on and they are hashed
 ATTEMPTS = 3  # fetches of a file whose hash is wrong
 T = TypeVar("T")
 
@@ -169,9 +169,9 @@ class Transfer:
         )
 
     def _attempt(self, folder: Path, names: Sequence[str]) -> list[str]:
-        """Those of the files that have come to some node with another sha256. One is hashed while the next is fetched."""
-        with ThreadPoolExecutor(1, "hash") as hasher, ExitStack() as files:
-            pending = {name: hasher.submit(_sha256, self._file(folder / name, files)) for name in names}
+        """Those of the files that have come to some node with another sha256. Hashed while more is fetched."""
+        with ExitStack() as files:
+            pending = {name: self._file(folder / name, files) for name in names}
             own = {name: future.result() for name, future in pending.items()}
         every, wanted = self.leaders.gather(own), {name: self.checkpoint.files[name][1] for name in names}
         wrong = [name for name in names if any(each[name] != wanted[name] for each in every)]
@@ -179,14 +179,16 @@ class Transfer:
             log.warning("%s has the sha256 %s, not %s", self._name(name), own[name][:12], wanted[name][:12])
         return wrong
 
-    def _file(self, path: Path, files: ExitStack) -> Any:
-        """The bytes of one file, exchanged. `files` closes it."""
+    def _file(self, path: Path, files: ExitStack) -> Future[str]:
+        """One file, exchanged; its sha256 to come. `files` closes it."""
         size = self.checkpoint.files[path.name][0]
         landing = self.leaders.together(lambda: Landing(path, size, self.has_files))
         files.callback(landing.close)
         etag = self.leaders.gather(self.leaders.together(lambda: self._etag(path.name, size)))[0]
-        self._exchange(path.name, landing, etag)
-        return landing.bytes
+        digest, hasher = hashlib.sha256(), files.enter_context(ThreadPoolExecutor(1, "hash"))
+        for first, last in self._exchange(path.name, landing, etag):
+            hasher.submit(digest.update, memoryview(landing.bytes)[first:last])
+        return hasher.submit(digest.hexdigest)
 
     def _etag(self, name: str, size: int) -> str | None:
         """Of the file in storage, asked by one leader, so that all slices come from the same."""
@@ -200,8 +202,11 @@ class Transfer:
             )
         return found.etag
 
-    def _exchange(self, name: str, landing: Landing, etag: str | None) -> None:
-        """Round by round every source has its slice, read from storage if need be, and passes it on to all."""
+    def _exchange(self, name: str, landing: Landing, etag: str | None) -> Iterator[tuple[int, int]]:
+        """Round by round every source has its slice, read from storage if need be, and passes it on to all.
+
+        Yields (first, last) of the bytes that have come, in order.
+        """
         size, number = landing.size, len(self.sources)
         for start in range(0, size, ROUND_BYTES * number):
             length = min(ROUND_BYTES * number, size - start)
@@ -213,6 +218,7 @@ class Transfer:
                         landing.bytes, dtype=torch.uint8, count=last - first, offset=first
                     )
                     self.leaders.broadcast(slice_, source)
+            yield start, start + length
 
     def _read(self, name: str, landing: Landing, cuts: Sequence[int], etag: str | None) -> None:
         """Read this node's slice from storage."""
@@ -224,7 +230,3 @@ class Transfer:
 
     def _name(self, name: str) -> str:
         return f"teacher step {self.checkpoint.step}: {self.store.url}/{name}"
-
-
-def _sha256(buffer: Any) -> str:
-    return hashlib.sha256(buffer).hexdigest()
