@@ -253,6 +253,59 @@ def test_pull_of_unknown_steps_or_into_another_trajectory_is_refused(
         pull(manifest, Path(other.url))
 
 
+def test_step_that_was_mended_at_the_source_is_pulled_again(folder: Path, tmp_path: Path) -> None:
+    """With the same sizes, and with other files."""
+    pull(index_trajectory(folder), tmp_path / "pulled", [8, 16, 24])
+    shard = shards_of(folder / "step8")[0]
+    spoilt = bytearray(shard.read_bytes())
+    spoilt[-1] ^= 1
+    shard.write_bytes(spoilt)
+    (folder / "step16" / "generation_config.json").unlink()
+    mended = index_trajectory(folder)
+    pulled = pull(mended, tmp_path / "pulled", [8, 16, 24])
+    assert hashes(pulled) == {step: mended.checkpoints[step].files for step in (8, 16, 24)}
+    assert (tmp_path / "pulled" / "step_00000008" / shard.name).read_bytes() == spoilt
+    assert not (tmp_path / "pulled" / "step_00000016" / "generation_config.json").exists()
+    before = mended.store.bytes_read
+    pull(mended, tmp_path / "pulled", [8, 16, 24])
+    assert mended.store.bytes_read == before
+
+
+def test_step_whose_hashes_the_source_does_not_tell_is_pulled_once(folder: Path, tmp_path: Path) -> None:
+    manifest = index_trajectory(folder)
+    for checkpoint in manifest.checkpoints.values():
+        for name in checkpoint.shards:
+            checkpoint.files[name][1] = None
+    pull(manifest, tmp_path / "pulled", [8])
+    before = manifest.store.bytes_read
+    assert pull(manifest, tmp_path / "pulled", [8]).checkpoints[8].is_hashed
+    assert manifest.store.bytes_read == before
+
+
+def test_pickled_weights_are_pulled_again_only_when_they_were_mended(folder: Path, tmp_path: Path) -> None:
+    pickle_weights(folder / "step8")
+    manifest, target = index_trajectory(folder, allow_bin=True), tmp_path / "pulled" / "step_00000008"
+    pull(manifest, tmp_path / "pulled", [8])
+    before = manifest.store.bytes_read
+    local = pull(manifest, tmp_path / "pulled", [8])
+    assert manifest.store.bytes_read == before
+    weights = torch.load(folder / "step8" / "pytorch_model.bin", weights_only=True)
+    name = next(iter(weights))
+    weights[name] += 1
+    torch.save(weights, folder / "step8" / "pytorch_model.bin")
+    mended = index_trajectory(folder, allow_bin=True)
+    again = pull(mended, tmp_path / "pulled", [8])
+    assert hashes(again) != hashes(local)
+    assert torch.equal(load_file(target / "model.safetensors")[name], weights[name])
+    before = mended.store.bytes_read
+    assert hashes(pull(mended, tmp_path / "pulled", [8])) == hashes(again)
+    assert mended.store.bytes_read == before
+    (target / ".source").write_text("{")
+    pull(mended, tmp_path / "pulled", [8])
+    assert mended.store.bytes_read > before
+    assert hashes(index_trajectory(tmp_path / "pulled")) == hashes(again)
+
+
 def test_pickled_weights_are_pulled_as_safetensors(folder: Path, tmp_path: Path) -> None:
     expected: dict[str, torch.Tensor] = {}
     for path in shards_of(folder / "step8"):

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 import mmap
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from data_prep.files import sha256_of
 from data_prep.progress import Advance, progress
+from distill.files import write_text
 from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, load_manifest
 from distill.trajectory.store import Store, open_store
 
 log = logging.getLogger(__name__)
 BLOCK_BYTES = 256 << 20
 CONVERTED = "model.safetensors"
+SOURCE = ".source"  # beside what was converted: {name: [bytes, sha256]} of what was fetched
 
 
 def pull(manifest: Manifest, folder: Path, steps: Iterable[int] | None = None) -> Manifest:
     """Fetch these steps, all by default, into `folder`/step_N, verified against the manifest; its own manifest grows
-    with each. What is there already, whole, is not fetched again. Returns the manifest in `folder`.
+    with each. What is there already, whole and as the source has it, is not fetched again. Returns the manifest in `folder`.
 
     Raises:
         BadTrajectory: no such step, or a file whose hash is not the manifest's.
@@ -39,15 +43,22 @@ def pull(manifest: Manifest, folder: Path, steps: Iterable[int] | None = None) -
     with progress(f"pull {manifest.url}", sum(manifest.checkpoints[s].num_bytes for s in wanted)) as advance:
         for step in wanted:
             checkpoint, target = manifest.checkpoints[step], folder / f"step_{step:08d}"
-            if step in local.checkpoints and _is_whole(local.checkpoints[step], target):
+            known = local.checkpoints.get(step)
+            if known and _is_whole(known, target) and _is_of(_fetched(known, target), checkpoint.files):
                 advance(checkpoint.num_bytes)
                 continue
             target.mkdir(exist_ok=True)
+            (target / SOURCE).unlink(missing_ok=True)
             store, files = manifest.files_of(step), {}
             for name, (size, sha) in checkpoint.files.items():
                 found = _fetch(store, name, target / name, size, sha, advance)
                 files[name] = [size, found]
-            local.add(_converted(dataclasses.replace(checkpoint, location=target.name, files=files), target))
+            new = _converted(dataclasses.replace(checkpoint, location=target.name, files=files), target)
+            local.add(new)
+            if new.files != files:
+                write_text(target / SOURCE, json.dumps(files))
+            for name in (known.files if known else {}).keys() - new.files.keys():
+                (target / name).unlink(missing_ok=True)
     return local
 
 
@@ -67,6 +78,24 @@ def _is_whole(checkpoint: Checkpoint, folder: Path) -> bool:
     return all(
         (folder / name).is_file() and (folder / name).stat().st_size == size
         for name, (size, _) in checkpoint.files.items()
+    )
+
+
+def _fetched(known: Checkpoint, folder: Path) -> dict[str, Any]:
+    """The files from which a checkpoint here was made, as they were at the source."""
+    try:
+        return dict(json.loads((folder / SOURCE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return known.files
+    except (ValueError, TypeError) as error:
+        log.warning("%s can't be read (%s): its step is fetched again", folder / SOURCE, error)
+        return {}
+
+
+def _is_of(fetched: dict[str, Any], files: dict[str, Any]) -> bool:
+    """Whether the source still has what was fetched: its sizes, and its hashes where it tells them."""
+    return fetched.keys() == files.keys() and all(
+        fetched[name][0] == size and sha in (None, fetched[name][1]) for name, (size, sha) in files.items()
     )
 
 
