@@ -282,6 +282,27 @@ def test_step_whose_hashes_the_source_does_not_tell_is_pulled_once(folder: Path,
     assert manifest.store.bytes_read == before
 
 
+def test_trajectory_that_grew_and_ended_is_pulled_into_the_same_folder(folder: Path, tmp_path: Path) -> None:
+    whole = index_trajectory(folder)
+    part = {step: whole.checkpoints[step] for step in (8, 16)}
+    growing = dataclasses.replace(whole, complete=False, checkpoints=part)
+    assert not pull(growing, tmp_path / "pulled").complete
+    ended = dataclasses.replace(growing, complete=True)
+    pull(ended, tmp_path / "pulled")
+    assert load_manifest(tmp_path / "pulled").complete  # with nothing new to fetch
+    pull(whole, tmp_path / "pulled")
+    pulled = load_manifest(tmp_path / "pulled")
+    assert (pulled.complete, hashes(pulled)) == (True, hashes(whole))
+
+
+def test_pull_that_is_cut_off_is_not_complete(folder: Path, tmp_path: Path) -> None:
+    manifest = index_trajectory(folder)
+    shards_of(folder / "step16")[0].unlink()
+    with pytest.raises(StoreError):
+        pull(manifest, tmp_path / "pulled")
+    assert not load_manifest(tmp_path / "pulled").complete
+
+
 def test_pickled_weights_are_pulled_again_only_when_they_were_mended(folder: Path, tmp_path: Path) -> None:
     pickle_weights(folder / "step8")
     manifest, target = index_trajectory(folder, allow_bin=True), tmp_path / "pulled" / "step_00000008"

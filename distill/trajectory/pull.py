@@ -29,7 +29,8 @@ SOURCE = ".source"  # beside what was converted: {name: [bytes, sha256]} of what
 
 def pull(manifest: Manifest, folder: Path, steps: Iterable[int] | None = None) -> Manifest:
     """Fetch these steps, all by default, into `folder`/step_N, verified against the manifest; its own manifest grows
-    with each. What is there already, whole and as the source has it, is not fetched again. Returns the manifest in `folder`.
+    with each, and is complete at last if this one is. What is there already, whole and as the source has it, is not
+    fetched again. Returns the manifest in `folder`.
 
     Raises:
         BadTrajectory: no such step, or a file whose hash is not the manifest's.
@@ -59,17 +60,20 @@ def pull(manifest: Manifest, folder: Path, steps: Iterable[int] | None = None) -
                 write_text(target / SOURCE, json.dumps(files))
             for name in (known.files if known else {}).keys() - new.files.keys():
                 (target / name).unlink(missing_ok=True)
+    if local.complete != manifest.complete:
+        local.complete = manifest.complete
+        local.write()
     return local
 
 
 def _begun(manifest: Manifest, folder: Path) -> Manifest:
-    """The manifest of what an earlier call has fetched, or an empty one."""
-    fresh = dataclasses.replace(manifest, store=open_store(folder), checkpoints={})
+    """The manifest of what an earlier call has fetched, or an empty one; not complete before all has been fetched."""
+    fresh = dataclasses.replace(manifest, store=open_store(folder), complete=False, checkpoints={})
     try:
         known = load_manifest(folder)
     except BadTrajectory:
         return fresh
-    if dataclasses.replace(known, checkpoints={}) != fresh:
+    if dataclasses.replace(known, complete=False, checkpoints={}) != fresh:
         raise BadTrajectory(f"{folder} holds another trajectory ({known.family}): choose another folder")
     return known
 
