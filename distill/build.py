@@ -26,6 +26,7 @@ from distill.signals import Stopped, stop_signal
 from distill.teacher import Teacher
 from distill.trajectory.audit.verdicts import refuse_bad_steps
 from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
+from distill.trajectory.nodes import load_alike
 from distill.trajectory.publish import Publisher, object_storage
 from distill.trajectory.store import open_store
 
@@ -108,7 +109,7 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     micro, accumulation = layout(config, world)
     schedule, teacher, trajectory, growing = None, None, None, None
     if config.teacher.trajectory:
-        trajectory = load_manifest(config.teacher.trajectory)
+        trajectory = load_alike(config.teacher.trajectory, world)
         schedule = read_schedule(folder, trajectory) or first_schedule(config, trajectory)
         refuse_bad_steps(trajectory, (stage.checkpoint for stage in schedule.stages))
         teacher = Teacher(trajectory, config, samples.tokenizer, samples.sequence_length, world)

@@ -20,7 +20,7 @@ from distill.trajectory.storage import Folder
 from distill.trajectory.store import Store, open_store
 
 log = logging.getLogger(__name__)
-MD5 = re.compile(r'"?[0-9a-f]{32}"?')  # other etags tell versions of one object apart, not contents
+DIGEST = re.compile(r'"?([0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64})"?')  # other etags tell versions apart, not contents
 BIN = re.compile(r"pytorch_model.*\.bin")
 HASHED_AT_ONCE = 64 << 20  # bytes
 
@@ -101,8 +101,8 @@ def _choose_files(manifest: Manifest, source: str, allow_bin: bool) -> None:
 def _hash_files(manifest: Manifest, folders: Mapping[int, Folder], whole: set[int]) -> dict[str, bytes]:
     """Fill in sha256 where it is affordable. Returns {sha256: content} of the small files.
 
-    whole: steps whose weights are read wherever they lie. A file that has the size and the MD5, which is its etag on many
-    a storage, of one read before is not read again: 154 steps mostly share a tokenizer.
+    whole: steps whose weights are read wherever they lie. A file that has the size and, where the etag is one, the digest
+    of one read before is not read again: 154 steps mostly share a tokenizer.
     """
     known: dict[tuple[int, str], str] = {}
     texts: dict[str, bytes] = {}
@@ -112,7 +112,7 @@ def _hash_files(manifest: Manifest, folders: Mapping[int, Folder], whole: set[in
             store = manifest.files_of(step)
             for name, entry in checkpoint.files.items():
                 etag = folders[step].etags.get(name) or ""
-                key = (entry[0], etag if MD5.fullmatch(etag) else f"{step}/{name}")
+                key = (entry[0], etag if DIGEST.fullmatch(etag) else f"{step}/{name}")
                 small = name not in checkpoint.shards
                 if key in known:
                     entry[1] = known[key]
