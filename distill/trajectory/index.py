@@ -20,7 +20,9 @@ from distill.trajectory.storage import Folder
 from distill.trajectory.store import Store, open_store
 
 log = logging.getLogger(__name__)
-DIGEST = re.compile(r'"?([0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64})"?')  # other etags tell versions apart, not contents
+DIGEST = re.compile(
+    r'"?([0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64})"?'
+)  # other etags tell versions apart, not contents
 BIN = re.compile(r"pytorch_model.*\.bin")
 HASHED_AT_ONCE = 64 << 20  # bytes
 

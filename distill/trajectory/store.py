@@ -271,7 +271,9 @@ def _client(url: str, retries: int) -> Any:
         url = hub_address(url)
         if token := os.environ.get("HF_TOKEN"):
             options["default_headers"] = {"authorization": f"Bearer {token}"}
-    if any(address.startswith("http://") for address in (url, *(os.environ.get(name, "") for name in ENDPOINTS))):
+    if any(
+        address.startswith("http://") for address in (url, *(os.environ.get(name, "") for name in ENDPOINTS))
+    ):
         options["allow_http"] = True
     make: Any = HTTPStore.from_url if scheme in ("http", "https", "hf") else from_url
     return make(url, client_options=options, retry_config=patience)
