@@ -6,6 +6,7 @@ That is stricter than the naive result in the dtype of the logits.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ from distill.kernels import SparseTargets, divergence, sparse_divergence
 # Relative rounding of a gradient: the kernel's result and its product with the upstream gradient.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 SMALLEST = {torch.float32: 1e-9, torch.float16: 2**-23, torch.bfloat16: 1e-9}  # float16 has few small numbers
-UPSTREAM = 0.37
 
 HARD_ALONE: dict[str, Any] = {"soft_weight": 0.0, "hard_weight": 1.0}
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -146,11 +146,13 @@ def top_k_targets(case: Case, k: int, *, tail: bool) -> SparseTargets:
     return SparseTargets(ids, probs.float(), tail_N)
 
 
-def loss_and_grad(loss_of: Callable[[Tensor], Tensor], student: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss, and its gradient with an upstream gradient that is not 1, in float64."""
+def loss_and_grad(
+    loss_of: Callable[[Tensor], Tensor], student: Tensor, upstream: float = 0.37
+) -> tuple[Tensor, Tensor]:
+    """Loss, and its gradient under an upstream gradient, in float64."""
     leaf = student.detach().clone().requires_grad_()
     loss = loss_of(leaf)
-    (grad,) = torch.autograd.grad(loss * UPSTREAM, leaf)
+    (grad,) = torch.autograd.grad(loss * upstream, leaf)
     return loss.detach().double(), grad.double()
 
 
@@ -174,14 +176,14 @@ def assert_true_to_float64(
             return divergence(student, case.teacher, case.labels, case.weights, **common).loss
         return sparse_divergence(student, targets, case.labels, case.weights, **common).loss
 
-    truth, true_grad = loss_and_grad(naive, case.student.double())
-    naive_loss, naive_grad = loss_and_grad(naive, case.student.float())
-    loss, grad = loss_and_grad(kernel, case.student)
+    upstream = random.Random(f"{settings} {case.student.shape}").uniform(-2, 2)
+    truth, true_grad = loss_and_grad(naive, case.student.double(), upstream)
+    naive_loss, naive_grad = loss_and_grad(naive, case.student.float(), upstream)
+    loss, grad = loss_and_grad(kernel, case.student, upstream)
     size = largest(true_grad)
     # A gradient is a difference of terms as large as the probabilities: each brings its rounding in float32.
-    cancelled = torch.finfo(torch.float32).eps * largest(
-        case.student[:, : case.vocab_size].float().softmax(-1)
-    )
+    probabilities = case.student[:, : case.vocab_size].float().softmax(-1)
+    cancelled = abs(upstream) * torch.finfo(torch.float32).eps * largest(probabilities)
     loss_budget = (naive_loss - truth).abs() + 1e-6 * (1 + truth.abs())
     dtype = case.student.dtype
     grad_budget = largest(naive_grad - true_grad) + ROUNDING[dtype] * size + cancelled + SMALLEST[dtype]

@@ -33,7 +33,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds
 WARNED_AFTER = 3  # attempts
 PATIENCE = 120.0  # seconds a request is repeated before it is given up
 HUB = "https://huggingface.co"
-ENDPOINTS = ("AWS_ENDPOINT_URL", "AZURE_STORAGE_ENDPOINT", "AZURITE_BLOB_STORAGE_URL")  # in the environment
+# Of the environment; Google's endpoint is part of the key.
+ENDPOINTS = ("AWS_ENDPOINT_URL", "AZURE_STORAGE_ENDPOINT", "AZURITE_BLOB_STORAGE_URL", "GOOGLE_SERVICE_ACCOUNT_KEY")
 REMOTE = ("s3", "gs", "az", "http", "https", "hf")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -271,9 +272,7 @@ def _client(url: str, retries: int) -> Any:
         url = hub_address(url)
         if token := os.environ.get("HF_TOKEN"):
             options["default_headers"] = {"authorization": f"Bearer {token}"}
-    if any(
-        address.startswith("http://") for address in (url, *(os.environ.get(name, "") for name in ENDPOINTS))
-    ):
+    if any("http://" in told for told in (url, *(os.environ.get(name, "") for name in ENDPOINTS))):
         options["allow_http"] = True
     make: Any = HTTPStore.from_url if scheme in ("http", "https", "hf") else from_url
     return make(url, client_options=options, retry_config=patience)
