@@ -26,7 +26,8 @@ class Growing:
         """policy: `wait` for a stage's own checkpoint, or go on with the `newest`. folder: of the run."""
         self.manifest, self.policy, self.folder, self.world = manifest, policy, folder, world
         self._ranks = Channel(range(world.size), world.rank)
-        self._looked, self._bad = -LOOK_SECONDS, {}  # type: tuple[float, dict[int, str]]
+        self._looked = -LOOK_SECONDS
+        self._bad: dict[int, str] = {}  # by the newest audit: why not to learn from a step
 
     def settle(self, schedule: Schedule, consumed: int) -> Schedule:
         """The schedule with the checkpoint that teaches after `consumed` samples decided, for good.
