@@ -158,12 +158,13 @@ def _extra_here(make: Callable[..., Mapping[str, Step]], name: str, arguments: t
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again at what is resident now
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     step.run()
-    return max(_status_bytes("VmHWM") - before, 0)
+    return max(status_bytes("VmHWM") - before, 0)
 
 
-def _status_bytes(key: str) -> int:
+def status_bytes(key: str) -> int:
+    """What the kernel says of this process under `key`, e.g. VmRSS."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import re
 import sys
 import threading
 import time
@@ -18,7 +17,8 @@ import torch
 from obstore.store import S3Store
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+from measure import status_bytes  # noqa: E402
 from storage import BUCKET, KEY, SECRET, Seaweed  # noqa: E402
 
 from distill.distributed import start  # noqa: E402
@@ -43,23 +43,18 @@ def timed(work: Callable[[], Any], seconds: list[float]) -> None:
 
 def extra_memory_mb(work: Callable[[], Any]) -> float:
     """By how much the anonymous memory of this process rose at most, sampled; the page cache is not its own."""
-
-    def anonymous() -> int:
-        text = Path("/proc/self/status").read_text()
-        return int(re.search(r"RssAnon:\s+(\d+)", text)[1])  # type: ignore[index]
-
-    before, peak, done = anonymous(), [0], threading.Event()
+    before, peak, done = status_bytes("RssAnon"), [0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.01):
-            peak[0] = max(peak[0], anonymous())
+            peak[0] = max(peak[0], status_bytes("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     work()
     done.set()
     watcher.join()
-    return max(peak[0] - before, 0) / 1e3
+    return max(peak[0] - before, 0) / 1e6
 
 
 def make_checkpoint(folder: Path, megabytes: int) -> Manifest:
