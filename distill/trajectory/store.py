@@ -34,7 +34,12 @@ WARNED_AFTER = 3  # attempts
 PATIENCE = 120.0  # seconds a request is repeated before it is given up
 HUB = "https://huggingface.co"
 # Of the environment; Google's endpoint is part of the key.
-ENDPOINTS = ("AWS_ENDPOINT_URL", "AZURE_STORAGE_ENDPOINT", "AZURITE_BLOB_STORAGE_URL", "GOOGLE_SERVICE_ACCOUNT_KEY")
+ENDPOINTS = (
+    "AWS_ENDPOINT_URL",
+    "AZURE_STORAGE_ENDPOINT",
+    "AZURITE_BLOB_STORAGE_URL",
+    "GOOGLE_SERVICE_ACCOUNT_KEY",
+)
 REMOTE = ("s3", "gs", "az", "http", "https", "hf")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
