@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from data_prep.shards import TokenizerInfo
+from distill import hardware
 from distill.checkpoint import TrainState
 from distill.config import Config, ScheduleConfig
 from distill.data import Samples
@@ -19,7 +20,7 @@ from distill.distributed import World, agree_on_stop
 from distill.engine import Engine
 from distill.evaluate import validation_samples
 from distill.growing import Growing
-from distill.models import build_model, check_split, load_model, num_parameters, quiet_transformers
+from distill.models import DTYPES, build_model, check_split, load_model, num_parameters, quiet_transformers
 from distill.run_folder import read_schedule, store_schedule
 from distill.schedule import Schedule, follow_student, make_schedule
 from distill.signals import Stopped, stop_signal
@@ -121,6 +122,7 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     log.info("model: %s, %.2f M parameters", model.config.model_type, num_parameters(model) / 1e6)
     model.to(device=world.device)  # type: ignore[call-arg]  # transformers wraps Module.to untyped
     engine = Engine(model, config, world, accumulation)
+    warn_of_emulation(config, world)
     publisher = None
     if config.save.trajectory_every:
         publisher = own_trajectory(config, world, folder, model.config, samples.tokenizer)
@@ -139,6 +141,21 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
         growing,
         publisher,
     )
+
+
+def warn_of_emulation(config: Config, world: World) -> None:
+    """Say so where a CPU makes 16-bit matrix products in software."""
+    for key, name in (("engine.dtype", config.engine.dtype), ("teacher.dtype", config.teacher.dtype)):
+        used = key == "engine.dtype" or config.teacher.trajectory
+        if (
+            used
+            and world.is_main
+            and world.device.type == "cpu"
+            and not hardware.cpu_multiplies(DTYPES[name])
+        ):
+            log.warning(
+                "this CPU has no %s matrix products and is many times slower at them: %s=fp32", name, key
+            )
 
 
 def first_schedule(config: Config, trajectory: Manifest) -> Schedule:

@@ -22,6 +22,7 @@ FLOORS = {
         "schedule",
         "distributed",
         "head",
+        "hardware",
         "models",
         "targets",
         "files",

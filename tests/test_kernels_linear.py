@@ -11,9 +11,9 @@ from linear_case import Case, N, V, all_of
 from torch import Tensor
 from watch import Watch
 
+from distill import hardware
 from distill.kernels import (
     Head,
-    chunks,
     cpu,
     linear_divergence,
     linear_sparse_divergence,
@@ -126,7 +126,7 @@ def test_error_is_within_that_of_logits_in_the_working_dtype(
     impl: Any, dtype: torch.dtype, emulated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward, and d loss / d hidden, weight, bias, over several chunks whose sum must not round."""
-    monkeypatch.setattr(chunks, "_cpu_multiplies", lambda dtype: dtype == torch.float32 or not emulated)
+    monkeypatch.setattr(hardware, "cpu_multiplies", lambda dtype: dtype == torch.float32 or not emulated)
     case = Case(rows=96, classes=257, width=16, dtype=dtype, softcap=20.0)
     exact = case.to(torch.float64)
     truth = all_of(exact, exact.one_after_the_other(**SOFT_AND_HARD))
@@ -139,7 +139,7 @@ def test_error_is_within_that_of_logits_in_the_working_dtype(
 
 def test_weight_gradient_keeps_what_16_bits_would_lose(monkeypatch: pytest.MonkeyPatch) -> None:
     """256 chunks that add 1 / 256 of the sum each: in bfloat16 the later ones would vanish."""
-    monkeypatch.setattr(chunks, "_cpu_multiplies", lambda dtype: True)
+    monkeypatch.setattr(hardware, "cpu_multiplies", lambda dtype: True)
     case = Case(rows=1024, dtype=torch.bfloat16)
     case.student = case.student[:1].detach().repeat(1024, 1).requires_grad_()
     case.labels = case.labels[:1].repeat(1024)

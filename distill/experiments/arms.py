@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from distill import hardware
 from distill.files import write_text
 from distill.metrics import METRICS, read_rows
 from distill.run_folder import read_result
@@ -57,6 +59,11 @@ def run_command(module: str, *arguments: str) -> None:
     signal.signal(signal.SIGTERM, previous)
     if code:
         raise CommandFailed(code if code > 0 else 128 - code)
+
+
+def dtype_for_this_cpu() -> list[str]:
+    """Settings for a study on CPU: fp32 where bf16 matrix products are emulated, which takes many times longer."""
+    return [] if hardware.cpu_multiplies(torch.bfloat16) else ["engine.dtype=fp32", "teacher.dtype=fp32"]
 
 
 def train_arm(run_dir: Path, config: Path, settings: Sequence[str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 from distill.experiments.arms import (
     Arm,
     CommandFailed,
+    dtype_for_this_cpu,
     plot,
     run_command,
     save_results,
@@ -69,6 +70,7 @@ def prepare_data(out: Path, workers: int) -> Path:
 def study(out: Path, seeds: list[int], workers: int, settings: list[str]) -> str:
     """Run everything that is not done yet, all runs with `settings` on top. Returns the table in Markdown."""
     shards = prepare_data(out, workers)
+    settings = [*dtype_for_this_cpu(), *settings]
     teacher_dir = out / "runs" / "teacher"
     results: dict[str, list[Any]] = {
         "teacher": [timed(teacher_dir, CONFIGS / "demo_teacher.yaml", [f"data.shards={shards}", *settings])]

@@ -7,12 +7,12 @@ g = d loss / d s written over s, then dH = g W, dW += g^T h and db += sum of g o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distill import hardware
 from distill.head import Head
 from distill.kernels.picker import Impl, pick
 from distill.kernels.terms import Divergence, SparseTargets, Terms
@@ -189,19 +189,6 @@ class _Gradients:
 
 def _dtype_of_products(weight_VD: Tensor) -> torch.dtype:
     """That of the weight, but float32 on a CPU whose 16-bit matrix products are emulated."""
-    if weight_VD.device.type == "cpu" and not _cpu_multiplies(weight_VD.dtype):
+    if weight_VD.device.type == "cpu" and not hardware.cpu_multiplies(weight_VD.dtype):
         return torch.float32
     return weight_VD.dtype
-
-
-@cache
-def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has matrix products for it; PyTorch's own are 6 to 30 times slower than float32's."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return True
-    asked = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return bool(
-        asked._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else asked._is_mkldnn_fp16_supported()
-    )
