@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -19,9 +20,53 @@ class Head(NamedTuple):
     bias_V: Tensor | None = None
     softcap: float | None = None
 
+    @property
+    def num_classes(self) -> int:
+        return self.weight_VD.shape[0]
+
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """All logits [N, V] at once; `distill.kernels.linear_divergence` never holds them."""
         logits_NV = linear(
             hidden_ND, self.weight_VD, self.bias_V
         )  # to the bit what the model's own layer says
         return logits_NV if self.softcap is None else self.softcap * (logits_NV / self.softcap).tanh()
+
+
+class Mixture(NamedTuple):
+    """Several models' heads as one whose probabilities are the mean of theirs, a row's weights beside its hidden states.
+
+    hidden_NE: the members' hidden states side by side, then a column a member, the logarithm of its weight; only
+    their differences within a row matter. Logits are log sum_m w_nm softmax(head_m(hidden_m)).
+    heads: each of its own width; columns from `vocab_size` on are padding.
+    """
+
+    heads: tuple[Head, ...]
+    vocab_size: int
+
+    @property
+    def num_classes(self) -> int:
+        return self.vocab_size
+
+    def split(self, hidden_NE: Tensor) -> tuple[list[Tensor], Tensor]:
+        """(hidden states of each member, log weights_NM that sum to a mass of 1, float32 or better)."""
+        *hidden, weights_NM = hidden_NE.split(
+            [*(head.weight_VD.shape[1] for head in self.heads), len(self.heads)], dim=1
+        )
+        wide = torch.promote_types(weights_NM.dtype, torch.float32)
+        return hidden, weights_NM.to(wide).log_softmax(1)
+
+    def __call__(self, hidden_NE: Tensor) -> Tensor:
+        """All log-probabilities [N, V] at once."""
+        hidden, weights_NM = self.split(hidden_NE)
+        mixed_NV = None
+        for number, (head, hidden_ND) in enumerate(zip(self.heads, hidden, strict=True)):
+            logits_NV = head(hidden_ND)[:, : self.vocab_size]
+            mixed_NV = mix(mixed_NV, logits_NV, weights_NM[:, number])
+        assert mixed_NV is not None, "a mixture has members"
+        return mixed_NV
+
+
+def mix(mixed_NV: Tensor | None, logits_NV: Tensor, log_weight_N: Tensor) -> Tensor:
+    """log(exp(mixed) + w * softmax(logits)), in place where `mixed` is there, in the dtype of the weights."""
+    log_p_NV = logits_NV.log_softmax(1, dtype=log_weight_N.dtype).add_(log_weight_N[:, None])
+    return log_p_NV if mixed_NV is None else torch.logaddexp(mixed_NV, log_p_NV, out=mixed_NV)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill import hardware
-from distill.head import Head
+from distill.head import Head, Mixture, mix
 from distill.kernels.picker import Impl, pick
 from distill.kernels.terms import Divergence, SparseTargets, Terms
 from distill.kernels.upstream import scale_
@@ -29,7 +29,7 @@ class Job:
     labels_N: Tensor | None
     weights_N: Tensor | None
     teacher_hidden_ND: Tensor | None = None
-    teacher_head: Head | None = None
+    teacher_head: Head | Mixture | None = None
     targets: SparseTargets | None = None  # with gold merged
 
 
@@ -69,7 +69,7 @@ class _Chunked(torch.autograd.Function):
 
 def _run(hidden_ND: Tensor, head: Head, gradients: _Gradients, job: Job) -> Divergence:
     student = _Layer(head, job)
-    teacher = None if job.teacher_head is None else _Layer(job.teacher_head, job)
+    teacher = None if job.teacher_head is None else _teacher_layer(job.teacher_head, job)
     value_and_grad = pick(job.impl, student.room_CW, job.targets if teacher is None else teacher.room_CW)
     parts = []
     for start in range(0, max(hidden_ND.shape[0], 1), job.chunk_rows):
@@ -86,7 +86,9 @@ def _run(hidden_ND: Tensor, head: Head, gradients: _Gradients, job: Job) -> Dive
     return _total(parts)
 
 
-def _targets_at(job: Job, teacher: _Layer | None, rows: slice) -> Tensor | SparseTargets | None:
+def _targets_at(
+    job: Job, teacher: _Layer | _MixedLayers | None, rows: slice
+) -> Tensor | SparseTargets | None:
     if teacher is not None and job.teacher_hidden_ND is not None:
         return teacher.logits(job.teacher_hidden_ND[rows].to(teacher.dtype))
     if job.targets is None:
@@ -150,6 +152,31 @@ class _Layer:
             return grad_CV
         slope_CV = logits_CV.div_(self.softcap).square_().neg_().add_(1.0)
         return grad_CV.mul_(slope_CV.nan_to_num_(0.0))  # NaN stays where it counts: the gradient has it too
+
+
+class _MixedLayers:
+    """The same of several heads, whose logits are the logarithms of mixed probabilities, in float32 or better."""
+
+    def __init__(self, mixture: Mixture, job: Job) -> None:
+        self.mixture, self.members = mixture, [_Layer(head, job) for head in mixture.heads]
+        self.dtype = mixture.heads[0].weight_VD.dtype
+        room_CW = self.members[0].room_CW
+        self.room_CW = torch.empty_like(room_CW, dtype=torch.promote_types(room_CW.dtype, torch.float32))
+
+    def logits(self, hidden_CE: Tensor) -> Tensor:
+        hidden, weights_CM = self.mixture.split(hidden_CE)
+        logits_CW = self.room_CW[: hidden_CE.shape[0]]
+        mixed_CV = None
+        for number, (member, hidden_CD) in enumerate(zip(self.members, hidden, strict=True)):
+            logits_CV = member.logits(hidden_CD.to(member.dtype))[:, : member.weight_VD.shape[0]]
+            mixed_CV = mix(mixed_CV, logits_CV, weights_CM[:, number])
+        assert mixed_CV is not None, "a mixture has members"
+        logits_CW[:, : mixed_CV.shape[1]] = mixed_CV
+        return logits_CW
+
+
+def _teacher_layer(head: Head | Mixture, job: Job) -> _Layer | _MixedLayers:
+    return _MixedLayers(head, job) if isinstance(head, Mixture) else _Layer(head, job)
 
 
 class _Gradients:

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from distill.head import Head
+from distill.head import Head, Mixture
 from distill.kernels.checks import agreed_vocabulary, check_tensors
 from distill.kernels.chunks import Job, chunked
 from distill.kernels.picker import Impl
@@ -28,7 +28,7 @@ def linear_divergence(
     student_hidden_ND: Tensor,
     student_head: Head,
     teacher_hidden_ND: Tensor | None,
-    teacher_head: Head | None,
+    teacher_head: Head | Mixture | None,
     labels_N: Tensor | None = None,
     weights_N: Tensor | None = None,
     *,
@@ -49,12 +49,13 @@ def linear_divergence(
     differ between the two. Differentiable in the student's hidden states, weight and bias; what needs no gradient
     gets none computed. Gradients are made in forward, the weight's and the bias' summed in float32 (float64 for
     float64); backward multiplies them by the loss's gradient, once, and a GPU is never waited for.
+    A teacher's head may be a Mixture of several, whose hidden states stand side by side; each adds a chunk of logits.
     chunk_rows: rows whose logits exist at once; None: 4096 on a GPU, 512 on CPU, fewer where both chunks would pass
     1 GiB. Memory beyond the gradients: a chunk of logits each, one more for a softcap of the student; on a CPU
     without 16-bit matrix products also float32 copies of 16-bit heads. Under torch.compile it runs eagerly, between
     two graphs. All else, and what is raised, as in `divergence`.
     """
-    classes = None if teacher_head is None else teacher_head.weight_VD.shape[0]
+    classes = None if teacher_head is None else teacher_head.num_classes
     terms = resolve_terms(
         kind=kind,
         beta=beta,
@@ -67,7 +68,7 @@ def linear_divergence(
     )
     _check_head("student", student_hidden_ND, student_head)
     if teacher_hidden_ND is not None and teacher_head is not None:
-        _check_head("teacher", teacher_hidden_ND, teacher_head)
+        _check_teacher(teacher_hidden_ND, teacher_head)
     elif (teacher_hidden_ND is None) != (teacher_head is None):
         raise ValueError(
             "teacher_hidden_ND and teacher_head must be given together, got one without the other"
@@ -117,6 +118,24 @@ def linear_sparse_divergence(
         targets=gold_as_entry(targets, labels_N),
     )  # fmt: skip
     return chunked(student_hidden_ND, student_head, job)
+
+
+def _check_teacher(hidden_ND: Tensor, head: Head | Mixture) -> None:
+    if isinstance(head, Head):
+        return _check_head("teacher", hidden_ND, head)
+    width = sum(member.weight_VD.shape[1] for member in head.heads) + len(head.heads)
+    if hidden_ND.dim() != 2 or hidden_ND.shape[1] != width or not hidden_ND.is_floating_point():
+        found = f"{hidden_ND.dtype} {tuple(hidden_ND.shape)}"
+        raise ValueError(
+            f"teacher_hidden_ND of these {len(head.heads)} heads must be [N, {width}], got {found}"
+        )
+    for number, (part, member) in enumerate(zip(head.split(hidden_ND)[0], head.heads, strict=True)):
+        _check_head(f"teacher member {number}", part, member)
+        if member.num_classes < head.vocab_size:
+            raise ValueError(
+                f"teacher member {number} has {member.num_classes} classes, the mixture {head.vocab_size}: they must "
+                "have the vocabulary in common"
+            )
 
 
 def _check_head(name: str, hidden_ND: Tensor, head: Head) -> None:
