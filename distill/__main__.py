@@ -102,6 +102,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--steps", type=int, nargs="+", default=[], metavar="STEP", help="teacher steps (default: all)"
     )
     probe.add_argument(
+        "--select",
+        action="store_true",
+        help="pick one checkpoint by what it knows, and one by how easily the student of model.* follows it",
+    )
+    probe.add_argument(
         "--suggest-schedule",
         action="store_true",
         help="find the phase transition and write schedule.yaml, ready for `distill train`, with the reasons",
@@ -180,12 +185,14 @@ def run_probe(arguments: argparse.Namespace) -> None:
             *(s for s in arguments.settings if "=" in s),
         ],
     )
+    from distill.build import student_model
     from distill.probes.trajectory import SCHEDULE, ProbeSettings, probe, write_suggestion
     from distill.probes.trajectory import report as tables
 
     sizes = tuple(arguments.ngrams)
     asked = ProbeSettings(sizes, arguments.sequences, arguments.places, tuple(arguments.steps))
-    found = probe(arguments.trajectory, config, asked, arguments.out)
+    student = student_model if arguments.select else None
+    found = probe(arguments.trajectory, config, asked, arguments.out, student)
     print(tables(found, sizes))
     if arguments.suggest_schedule:
         suggestion = write_suggestion(found, sizes, arguments.out)

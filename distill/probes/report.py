@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from distill.probes.selectors import picks
+
 Row = Mapping[str, Any]
 COLUMNS = {"loss": "loss", "accuracy": "top-1", "brier": "Brier", "ece": "ECE"}
 
@@ -38,6 +40,18 @@ def bucket_table(rows: Sequence[Row]) -> str:
         cells = [f"{row[f'loss_rank_{n}']:.3f} / {row[f'accuracy_rank_{n}']:.3f}" for n in names]
         lines.append(f"| {row['step']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def selector_table(rows: Sequence[Row]) -> str:
+    """What each checkpoint knows and how hard it is to follow, a Markdown line each; then the pick of each selector."""
+    lines = ["| step | about a token read | about the label | sum | complexity |", "|---" * 5 + "|"]
+    for row in rows:
+        read, label = row["information_input"], row["information_label"]
+        lines.append(
+            f"| {row['step']} | {read:.4f} | {label:.4f} | {read + label:.4f} | {row['complexity']:.4f} |"
+        )
+    chosen = [f"most for {name}: step {step}, {why}" for name, (step, why) in picks(rows).items()]
+    return "\n".join([*lines, "", *chosen])
 
 
 def plot(rows: Sequence[Row], sizes: Sequence[int], picked: int | None, heading: str, path: Path) -> None:

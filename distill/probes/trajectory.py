@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from distill.files import write_text
 from distill.models import empty_model, quiet_transformers
 from distill.probes.ngrams import choose_places, ngram_dependence
 from distill.probes.quality import chance, frequency_ranks, measure
-from distill.probes.report import bucket_table, plot, table
+from distill.probes.report import bucket_table, plot, selector_table, table
+from distill.probes.selectors import ask, select_figures
 from distill.probes.transition import Suggestion, suggest_schedule
 from distill.teacher import check_vocabulary
 from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
@@ -40,8 +41,16 @@ class ProbeSettings:
     steps: tuple[int, ...] = ()  # of the teacher; none: all
 
 
-def probe(trajectory: Path, config: Config, settings: ProbeSettings, out: Path) -> dict[str, Any]:
+def probe(
+    trajectory: Path,
+    config: Config,
+    settings: ProbeSettings,
+    out: Path,
+    student: Callable[[Config, Samples], PreTrainedModel] | None = None,
+) -> dict[str, Any]:
     """Ask every checkpoint, write `probe.json` and `probe.png` to `out`. Returns what probe.json holds.
+
+    student: makes the model that is to learn; then also how much each knows, and how hard it is to follow.
 
     Raises:
         ValueError: (and its kinds) an empty trajectory, one of other token ids or task, n-grams that fit nowhere,
@@ -56,7 +65,8 @@ def probe(trajectory: Path, config: Config, settings: ProbeSettings, out: Path) 
     micro = config.micro_batch_size or _MICRO
     places = choose_places(samples, settings.sequences, settings.places, settings.sizes)
     ranks = frequency_ranks(Samples(config.data, "train", 0, shuffle=False).reader)
-    found = _begun(out, _questions(manifest, config, settings, samples))
+    learner = {"student": {**asdict(config.model), "seed": config.seed}} if student else {}
+    found = _begun(out, _questions(manifest, config, settings, samples) | learner)
     found["chance"] = chance(samples, config.log.eval_samples, micro)
     weights = {step: list(manifest.checkpoints[step].weights) for step in steps}
     rows = {
@@ -65,6 +75,9 @@ def probe(trajectory: Path, config: Config, settings: ProbeSettings, out: Path) 
         if weights.get(row["step"], row["weights"]) == row["weights"]
     }
     todo = [step for step in steps if step not in rows]
+    asked = None
+    if student and todo:
+        asked = ask(samples, student(config, samples).eval(), ranks, config.log.eval_samples, micro)
     models = checkpoints(manifest, config.data.task, samples.sequence_length, todo)
     with progress("probe", len(steps), " checkpoints", len(steps) - len(todo)) as advance:
         for step, model in models:
@@ -73,6 +86,7 @@ def probe(trajectory: Path, config: Config, settings: ProbeSettings, out: Path) 
                 "weights": weights[step],
                 **measure(model, samples, ranks, config.log.eval_samples, micro),
                 **ngram_dependence(model, samples, places, settings.sizes, micro),
+                **(select_figures(model, asked) if asked else {}),
             }
             found["checkpoints"] = [rows[done] for done in sorted(rows)]
             write_text(out / RESULTS, json.dumps(found, indent=1))
@@ -89,7 +103,10 @@ def report(found: dict[str, Any], sizes: Sequence[int]) -> str:
         table(rows, sizes),
         "knowing frequencies alone: loss {loss:.4f}, top-1 {accuracy:.4f}".format(**found["chance"]),
     ]
-    return "\n\n".join([*parts, "log-loss / top-1 by the label's frequency rank", bucket_table(rows)])
+    parts += ["log-loss / top-1 by the label's frequency rank", bucket_table(rows)]
+    if "student" in found["questions"]:
+        parts += ["information (nats) and supervision complexity", selector_table(rows)]
+    return "\n\n".join(parts)
 
 
 def write_suggestion(found: dict[str, Any], sizes: Sequence[int], out: Path) -> Suggestion:
