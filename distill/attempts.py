@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from distill.files import write_text
-from distill.run_folder import saved_checkpoints
+from distill.run_folder import saved_checkpoints, step_of
 
 ATTEMPTS = "attempts.jsonl"  # in the run's folder, one line a start
 MOST_STARTS = 2  # of one job from one step
@@ -49,7 +49,7 @@ def refuse_standstill(folder: Path, job: str) -> None:
 def saved_step(folder: Path) -> int:
     """Step of the newest resumable checkpoint of the run in `folder`, 0 without one."""
     saved = saved_checkpoints(folder)
-    return int(saved[-1].name.removeprefix("step_")) if saved else 0
+    return step_of(saved[-1]) if saved else 0
 
 
 def _attempts(folder: Path) -> list[dict[str, object]]:

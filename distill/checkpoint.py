@@ -15,10 +15,11 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.distributed import World, barrier, from_main
+from distill.distributed import World, any_text, barrier, from_main
 from distill.engine import Engine
 from distill.files import publish_folder, write_text, writing
-from distill.run_folder import STATE, checkpoint_folder, saved_checkpoints
+from distill.intact import FILES, fault_of, file_sizes
+from distill.run_folder import STATE, checkpoint_folder, saved_checkpoints, step_of
 from distill.trajectory.manifest import describe
 from distill.trajectory.publish import Publisher
 
@@ -57,47 +58,78 @@ def save(folder: Path, engine: Engine, state: TrainState, data: str, world: Worl
         engine.save(temporary)
     barrier(world)
     if world.is_main:
-        write_text(
-            temporary / STATE,
-            json.dumps({**dataclasses.asdict(state), "world_size": world.size, "data": data}),
-        )
+        written_by = {"world_size": world.size, "zero_stage": engine.zero_stage, "data": data}
+        content = {**dataclasses.asdict(state), **written_by, FILES: file_sizes(temporary)}
+        write_text(temporary / STATE, json.dumps(content))
         publish_folder(temporary, final)
-        for old in saved_checkpoints(folder)[:-keep]:
+        # One that a disk has spoilt is none of the newest: it must not push out the last that can be loaded.
+        whole = [c for c in saved_checkpoints(folder) if not fault_of(c, contents=False)]
+        for old in whole[:-keep]:
             # Under a name that resume clears away if this is cut off.
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))
     barrier(world)
 
 
 def resume(folder: Path, engine: Engine, data: str, world: World) -> TrainState:
-    """Bring `engine` to the newest checkpoint of the run that rank 0 sees. Returns where that stood. Collective.
+    """Bring `engine` to the newest checkpoint of the run that is whole. Returns where that stood. Collective.
 
-    Without a checkpoint that is a fresh state.
+    Another number of ranks or another ZeRO stage may have written it. Without a checkpoint that is a fresh state.
 
     Raises:
-        ValueError: the checkpoint was written by another number of ranks, or after training on other data.
+        ValueError: no checkpoint is whole any more, or it was written after training on other data.
     """
     if world.is_main:
         for half_written in (folder / "checkpoints").glob("*.tmp"):
             log.warning("removing %s, which was cut off while it was written", half_written)
             shutil.rmtree(half_written)
-    found = saved_checkpoints(folder) if world.is_main else []
-    # On a shared file system another rank may not see the newest yet: one chooses, or they would start apart.
-    step = from_main(int(found[-1].name.removeprefix("step_")) if found else 0, world)
-    if step == 0:
+    newest = _newest_whole(folder, world)
+    if newest is None:
         return TrainState()
-    newest = checkpoint_folder(folder, step)
     content = json.loads((newest / STATE).read_text(encoding="utf-8"))
-    if (ranks := content.pop("world_size")) != world.size:
-        raise ValueError(
-            f"{newest} was written by {ranks} ranks, this run has {world.size}: start it with {ranks}"
-        )
+    content.pop(FILES, None)
+    ranks, stage = content.pop("world_size"), content.pop("zero_stage", engine.zero_stage)
     if content.pop("data") != data:
         raise ValueError(
             f"{newest} was trained on other samples than data.shards holds now: "
             "go back to those shards or choose another run_dir"
         )
-    engine.load(newest)
+    engine.load(newest, ranks, stage)
     return TrainState(**content)
+
+
+def _newest_whole(folder: Path, world: World) -> Path | None:
+    """The checkpoint to go on from; newer ones that are damaged are put aside. Collective.
+
+    Rank 0 proposes, as another rank may not see the newest on a shared file system; all look for damage.
+    """
+    known = saved_checkpoints(folder) if world.is_main else []
+    damaged: dict[Path, str] = {}
+    while step := from_main(step_of(known.pop()) if known else 0, world):
+        candidate = checkpoint_folder(folder, step)
+        fault = any_text(fault_of(candidate, world.rank, world.size), world)
+        if not fault:
+            if world.is_main:
+                _put_aside(damaged, candidate)
+            barrier(world)
+            return candidate
+        damaged[candidate] = fault
+    if damaged:
+        told = "".join(f"\n  {path.name}: {fault}" for path, fault in damaged.items())
+        raise ValueError(
+            f"no checkpoint in {folder / 'checkpoints'} is whole any more:{told}\n"
+            "bring one back from a copy, or remove that folder to start from the beginning"
+        )
+    return None
+
+
+def _put_aside(damaged: dict[Path, str], good: Path) -> None:
+    """Under a name that is no checkpoint's: the run will come to that step again, and save it anew."""
+    for path, fault in damaged.items():
+        aside = path.with_suffix(".damaged")
+        log.warning("%s is damaged (%s): put aside as %s; going on from %s", path, fault, aside.name, good)
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
 
 
 # ------------------------------------------------------------------------------------------------ trajectory

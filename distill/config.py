@@ -67,6 +67,10 @@ class TeacherConfig:
     zero_stage: int = _opt(
         0, "0: whole on every rank; 3: its trunk is dealt over the ranks (DeepSpeed ZeRO 3)"
     )
+    offload: bool = _opt(
+        False,
+        "with zero_stage=3: its trunk stays in pinned host memory, each layer is fetched when a forward comes to it",
+    )
     unfinished: str = _opt(
         "refuse",
         "a teacher whose run has not ended: refuse it where the schedule needs more than is there; at a stage's start "
@@ -154,6 +158,14 @@ class EngineConfig:
     dtype: str = _opt(
         "bf16", "dtype of weights and activations; the optimizer's copy is fp32", ("bf16", "fp32")
     )
+    offload_optimizer: bool = _opt(
+        False, "ZeRO 1 to 3: fp32 weights and AdamW's moments in host memory, where the step is computed too"
+    )
+    activation_checkpointing: bool = _opt(
+        False,
+        "keep each layer's input only and compute the layer again in backward: less memory, a third more work",
+    )
+    compile: bool = _opt(False, "ZeRO 0 to 2: torch.compile of the student's trunk; minutes at the start")
 
 
 @dataclass

@@ -108,6 +108,20 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             not (c.engine.zero_stage == 0 and c.engine.dtype == "bf16"),
             "engine.zero_stage=0 with bf16 takes a wrong first Adam step in DeepSpeed; use zero_stage=1, which costs the same",
         ),
+        (
+            not (c.engine.offload_optimizer and c.engine.zero_stage == 0),
+            "engine.offload_optimizer=true is for engine.zero_stage 1 to 3, got 0: use 1, which computes the same",
+        ),
+        (
+            not (c.engine.compile and c.engine.zero_stage == 3),
+            "engine.compile=true is for engine.zero_stage 0 to 2, got 3, which gathers weights between any two layers: "
+            "leave one of the two",
+        ),
+        (
+            not c.teacher.offload or c.teacher.zero_stage == 3,
+            "teacher.offload=true fetches layers by ZeRO 3: set teacher.zero_stage=3 (on one rank too), "
+            f"got {c.teacher.zero_stage}",
+        ),
         *[
             (name in OBJECTIVES, f"objective.weights.{name} is unknown{_nearest_of(name, OBJECTIVES)}")
             for name in c.objective.weights

@@ -159,6 +159,15 @@ def from_main(number: int, world: World) -> int:
     return int(shared.item())
 
 
+def any_text(text: str, world: World) -> str:
+    """The text of the first rank whose one is not empty; empty if none is. Collective."""
+    if world.size == 1:
+        return text
+    texts: list[str] = [""] * world.size
+    dist.all_gather_object(texts, text)
+    return next(filter(None, texts), "")
+
+
 def barrier(world: World) -> None:
     """Wait for all ranks."""
     if world.size > 1:

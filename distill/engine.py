@@ -19,20 +19,35 @@ from transformers import PreTrainedModel
 from distill.config import Config
 from distill.distributed import World
 from distill.kernels import Divergence
+from distill.memory import BUCKET
 from distill.models import Inputs, Rows, counted_hidden, final_layer, head_of, work_of
+from distill.zero_files import KEYS, ZeroFiles
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
+from deepspeed.utils import (
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 # DeepSpeed would compile this C++ op at every first start (half a minute); only its inference code calls it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# What its files hold beside tensors: they are read without running code of theirs.
+torch.serialization.add_safe_globals([fragment_address, LossScaler, ZeroStageEnum])
 
+log = logging.getLogger(__name__)
 TAG = "engine"
 
 
@@ -83,7 +98,13 @@ class Engine:
             groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
         )
         self.work = work_of(model)  # before ZeRO 3 splits the weights
-        student = Student(model)
+        student = Student(model).train()  # a model that was loaded comes in eval mode
+        if config.engine.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.engine.compile:
+            model.base_model.compile()
+        names = {id(p): name for name, p in student.named_parameters()}
+        self._parameters = {names[id(p)]: p for group in groups for p in group["params"]}
         if config.engine.zero_stage == 3:
             student.last.gathers(model)
         settings = deepspeed_settings(config, world, accumulation)
@@ -105,7 +126,7 @@ class Engine:
         In stage 3 a copy in the memory of the host, made weight by weight; tied weights share theirs.
         """
         state = self.model.state_dict(keep_vars=True)
-        if self._engine.zero_optimization_stage() == 3:
+        if self.zero_stage == 3:
             whole = {id(p): self._gathered(p) for p in self.model.parameters()}
             state = {name: whole.get(id(tensor), tensor) for name, tensor in state.items()}
         return {name: tensor.detach() for name, tensor in state.items()} if self.world.is_main else {}
@@ -137,7 +158,7 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        if self._engine.zero_optimization_stage() > 0:
+        if self.zero_stage > 0:
             self._engine.step()
             return self._engine.get_global_grad_norm()
         # In stage 0 DeepSpeed keeps whole gradients, and tells no norm of them.
@@ -150,26 +171,105 @@ class Engine:
         """Weights and optimizer state of all ranks into `folder`. Collective."""
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
-    def load(self, folder: Path) -> None:
-        """What `save` left, at the same number of ranks. Collective. Raises ValueError if it can't be read."""
+    @property
+    def zero_stage(self) -> int:
+        return int(self._engine.zero_optimization_stage())
+
+    def load(self, folder: Path, ranks: int, zero_stage: int) -> None:
+        """What `save` left, with `ranks` ranks in `zero_stage`: to the bit into the same layout, else dealt anew.
+
+        Collective. Raises ValueError if it can't be read.
+        """
         advice = "remove that folder to go on from an earlier checkpoint"
         try:
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            if (ranks, zero_stage) == (self.world.size, self.zero_stage):
+                loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+                if loaded is None:
+                    raise OSError("no engine state in it")
+            else:
+                self._deal_anew(folder / TAG, ranks, zero_stage)
+        except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise ValueError(f"{folder} can't be read ({error}): {advice}") from error
-        if loaded is None:
-            raise ValueError(f"{folder} holds no engine state: {advice}")
+
+    @torch.no_grad()
+    def _deal_anew(self, folder: Path, ranks: int, zero_stage: int) -> None:
+        """Rank 0 makes each parameter whole from the files of another layout, and every rank takes its part of it."""
+        if self.world.is_main:
+            layouts = (ranks, zero_stage, self.world.size, self.zero_stage)
+            log.info("saved by %d rank(s) in ZeRO %d, dealt anew to %d rank(s) in ZeRO %d", *layouts)
+        files = ZeroFiles(folder, zero_stage, ranks, list(self._parameters)) if self.world.is_main else None
+        step = self._from_main(torch.tensor(files.step if files else 0.0))
+        if self.zero_stage == 3:
+            self._engine.optimizer.checkpoint_event_prologue()  # weights that are whole everywhere are split too
+        self._make_moments(step)
+        for name, parameter in self._parameters.items():
+            numel = getattr(parameter, "ds_numel", parameter.numel())
+            whole = files.whole(name, numel) if files else [torch.empty(numel) for _ in KEYS]
+            for key, values in zip(KEYS, whole, strict=True):
+                self._set(parameter, key, self._from_main(values.float()))
+        if self.zero_stage == 3:
+            self._engine.optimizer.checkpoint_event_epilogue()
+        elif self.zero_stage:
+            self._engine.optimizer.update_lp_params()
+
+    def _from_main(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self.world.device)
+        if self.world.size > 1:
+            torch.distributed.broadcast(tensor, src=0)
+        return tensor
+
+    def _make_moments(self, step: Tensor) -> None:
+        """AdamW's state as after `step` steps, for which it would wait until the first one; the moments still zero."""
+        zero = self._engine.optimizer
+        if self.zero_stage == 0:
+            optimizer, held = zero, list(self._parameters.values())
+        elif self.zero_stage == 3:
+            optimizer, held = zero.optimizer, zero.fp32_partitioned_groups_flat
+        else:
+            optimizer, held = zero.optimizer, zero.single_partition_of_fp32_groups
+        for tensor in held:
+            moments = {key: torch.zeros_like(tensor, requires_grad=False) for key in KEYS[1:]}
+            optimizer.state[tensor] = {"step": step.to(tensor.device, copy=True), **moments}
+        if self.zero_stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()  # where safe_set_full_optimizer_state looks
+
+    def _set(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
+        """Give this rank its part of one parameter's weights, or of a moment; `whole` is flat and fp32."""
+        if self.zero_stage == 0:
+            state = self._engine.optimizer.state[parameter]
+            (parameter if key == "weights" else state[key]).copy_(whole.view_as(parameter))
+        elif self.zero_stage < 3 and key == "weights":
+            safe_set_full_fp32_param(parameter, whole)
+        elif self.zero_stage < 3:
+            safe_set_full_optimizer_state(parameter, whole, key)
+        else:  # DeepSpeed's setter of whole tensors stumbles where they don't divide by the ranks
+            part, _, first = own_part(parameter)
+            missing = max(first + part.numel() - whole.numel(), 0)
+            own = nn.functional.pad(whole, (0, missing))[first : first + part.numel()]
+            if key == "weights":
+                part.copy_(own)
+                safe_set_local_fp32_param(parameter, own)
+            else:
+                safe_set_local_optimizer_state(parameter, own, key)
 
 
 def deepspeed_settings(config: Config, world: World, accumulation: int) -> dict[str, Any]:
     """The few DeepSpeed knobs that are ours, as its config dictionary."""
+    offload = {"device": "cpu" if config.engine.offload_optimizer else "none", "pin_memory": True}
     return {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.batch_size // world.size // accumulation,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip,
         "bf16": {"enabled": config.engine.dtype == "bf16"},
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        # DeepSpeed's own bucket takes 0.93 GiB in bf16, whatever the model's size.
+        "zero_optimization": {
+            "stage": config.engine.zero_stage,
+            "reduce_bucket_size": BUCKET,
+            "offload_optimizer": offload,
+        },
+        # torch's fused AdamW does offloaded steps in C++ too, on all cores, and is there without a compiler.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
     }
@@ -184,11 +284,14 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 # ------------------------------------------------------------------------------------------------ teacher
 
 
-def partitioned(build: Callable[[], PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
+def partitioned(
+    build: Callable[[], PreTrainedModel], dtype: torch.dtype, offload: bool = False
+) -> PreTrainedModel:
     """A frozen model whose trunk is dealt over the ranks (ZeRO 3): they gather a layer when they come to it.
 
     `build` makes it without weights, which `own_part` then takes. The head stays whole on each rank: the divergence
     reads it in chunks, of which ranks have unequal numbers, so it can't be gathered there. Collective.
+    offload: the ranks' parts lie in pinned host memory, and go to the device to be gathered.
     """
     settings = {
         "train_micro_batch_size_per_gpu": 1,
@@ -198,6 +301,7 @@ def partitioned(build: Callable[[], PreTrainedModel], dtype: torch.dtype) -> Pre
             "stage": 3,
             "stage3_param_persistence_threshold": 0,
             "stage3_max_reuse_distance": 0,
+            "offload_param": {"device": "cpu" if offload else "none", "pin_memory": True},
         },
         "steps_per_print": 1_000_000_000,
     }
@@ -215,12 +319,12 @@ def partitioned(build: Callable[[], PreTrainedModel], dtype: torch.dtype) -> Pre
 
 def _unpartition_head(model: PreTrainedModel) -> None:
     """Make whole what stands outside the trunk, also a weight that is tied to one in it."""
-    trunk = set(model.base_model.modules())
+    trunk, device = set(model.base_model.modules()), get_accelerator().current_device_name()
     fresh: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)) if module not in trunk else ():
             part, shape, _ = own_part(p)
-            fresh.setdefault(id(p), nn.Parameter(part.new_zeros(shape)))
+            fresh.setdefault(id(p), nn.Parameter(part.new_zeros(shape, device=device)))
             setattr(module, name, fresh[id(p)])
 
 

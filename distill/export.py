@@ -13,6 +13,7 @@ from distill.config_reader import load_config
 from distill.data import Samples
 from distill.engine import Student, saved_weights
 from distill.evaluate import validate, validation_samples
+from distill.intact import fault_of
 from distill.models import DTYPES, cast_parameters, load_model, quiet_transformers
 from distill.run_folder import CONFIG, saved_checkpoints
 
@@ -30,15 +31,15 @@ def export_run(run_dir: Path, out: Path) -> Path:
     if (run_dir / "model").exists():
         shutil.copytree(run_dir / "model", out)
         return out
-    saved = saved_checkpoints(run_dir)
-    if not saved:
+    newest = next((c for c in reversed(saved_checkpoints(run_dir)) if not fault_of(c)), None)
+    if newest is None:
         raise ValueError(
-            f"{run_dir} has no checkpoint yet: it saves one every save.every steps, at a stop and at the end"
+            f"{run_dir} has no whole checkpoint yet: it saves one every save.every steps, at a stop and at the end"
         )
     quiet_transformers()
     config = load_config([run_dir / CONFIG], [])
     model = student_model(config, Samples(config.data, "train", config.seed, shuffle=True))
-    model.load_state_dict(saved_weights(saved[-1]))
+    model.load_state_dict(saved_weights(newest))
     cast_parameters(model, DTYPES[config.engine.dtype])
     export(model, model.state_dict(), Path(config.data.shards) / "tokenizer", out)
     return out

@@ -16,7 +16,7 @@ from distill.kernels.linear import LOGITS_BYTES, ROWS_ON_GPU
 from distill.models import num_parameters
 
 BYTES = {"bf16": 2, "fp32": 4}
-BUCKET = 500_000_000  # gradients that DeepSpeed collects before it sums them over the ranks; its default
+BUCKET = 50_000_000  # gradients that the engine collects before it sums them over the ranks: 0.1 GB in bf16
 GATHERED = 1_000_000_000  # weights that stage 3 holds whole at once, at most; its default
 PERSISTENT = 100_000  # stage 3 keeps weights of fewer numbers whole on every rank; its default
 

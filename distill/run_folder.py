@@ -32,8 +32,13 @@ MAY_CHANGE = (
     "data.num_workers",
     "teacher.trajectory",
     "teacher.zero_stage",
+    "teacher.offload",
     "teacher.cache",
     "teacher.cache_gb",
+    "engine.zero_stage",
+    "engine.offload_optimizer",
+    "engine.activation_checkpointing",
+    "engine.compile",
     "objective.chunk_rows",
     "objective.kernel",
     "save.every",
@@ -182,3 +187,8 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 def saved_checkpoints(folder: Path) -> list[Path]:
     """Complete resumable checkpoints of a run, oldest first."""
     return sorted(p.parent for p in (folder / "checkpoints").glob(f"step_????????/{STATE}"))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a resumable checkpoint was saved, as its name says."""
+    return int(checkpoint.name.removeprefix("step_"))

@@ -72,7 +72,7 @@ class Teacher:
             return empty_model(task, folder, dtype, self.sequence_length)
 
         if self.config.teacher.zero_stage == 3:
-            return partitioned(build, dtype)
+            return partitioned(build, dtype, self.config.teacher.offload)
         return build().requires_grad_(False).eval().to(device=self.device)
 
     def follow(self, schedule: Schedule, consumed: int) -> float:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import assert_same_run, config, distill, settings
+from tiny import assert_same_run, config, distill, distill_on_ranks, rows, settings
 
 from distill import checkpoint
 from distill.build import build_run
@@ -67,15 +70,11 @@ def test_weights_and_optimizer_come_back(shards: Path, tmp_path: Path) -> None:
     assert all((p == 0.5).all() for p in other.engine.model.parameters())
 
 
-def test_checkpoint_of_other_data_or_ranks_is_refused(shards: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_other_data_is_refused(shards: Path, tmp_path: Path) -> None:
     run = build(shards, tmp_path / "run")
     checkpoint.save(tmp_path / "run", run.engine, TrainState(step=3), "data", run.world, keep=2)
     with pytest.raises(ValueError, match="was trained on other samples"):
         resume(tmp_path / "run", run.engine, "other", run.world)
-    path = tmp_path / "run" / "checkpoints" / "step_00000003" / "state.json"
-    path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 4'))
-    with pytest.raises(ValueError, match="was written by 4 ranks, this run has 1: start it with 4"):
-        resume(tmp_path / "run", run.engine, "data", run.world)
 
 
 def test_weights_are_read_without_an_engine(shards: Path, tmp_path: Path) -> None:
@@ -88,31 +87,124 @@ def test_weights_are_read_without_an_engine(shards: Path, tmp_path: Path) -> Non
         assert torch.equal(weights[name], parameter)
 
 
-def test_older_checkpoint_serves_when_the_newest_is_removed(shards: Path, tmp_path: Path) -> None:
-    """What the message of a checkpoint that can not be read advises."""
-    import shutil
-
-    arguments = ["train", *settings(shards, tmp_path / "run", save__every=4)]
-    distill(arguments, tmp_path).ok()
-    calm = shutil.copytree(tmp_path / "run", tmp_path / "calm")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000012")
-    shutil.rmtree(tmp_path / "run" / "model")
-    (tmp_path / "run" / "result.json").unlink()
-    distill(arguments, tmp_path).ok()
-    assert_same_run(tmp_path / "run", Path(calm))
+# ------------------------------------------------------------------------------------------------ damage
 
 
-def test_damaged_checkpoint_is_named(shards: Path, tmp_path: Path) -> None:
-    arguments = ["train", *settings(shards, tmp_path / "run")]
-    distill(arguments, tmp_path).ok()
-    (tmp_path / "run" / "result.json").unlink()
-    newest = tmp_path / "run" / "checkpoints" / "step_00000012"
-    for path in newest.rglob("*.pt"):
-        path.write_bytes(path.read_bytes()[:100])
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path: Path) -> None:
+    """Of a number in the middle of the file: its size, and what torch makes of it, say nothing."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+OPTIMIZER = "engine/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "cut off": (OPTIMIZER, cut_off, "optim_states.pt has 100 bytes, it was written with"),
+    "empty": ("engine/mp_rank_00_model_states.pt", empty, "model_states.pt has 0 bytes, it was written with"),
+    "gone": (OPTIMIZER, Path.unlink, "optim_states.pt has no bytes, it was written with"),
+    "changed": (OPTIMIZER, flip_a_bit, "optim_states.pt has changed since it was written, in its record"),
+    "mark empty": ("state.json", empty, "state.json can't be read"),
+    "mark cut off": ("state.json", cut_off, "state.json can't be read"),
+}
+
+
+def finished(shards: Path, folder: Path, **changes: Any) -> list[str]:
+    """Run to the end, keep a copy of it under `calm`, and forget that it ended. Returns the command."""
+    arguments = ["train", *settings(shards, folder / "run", save__every=4, **changes)]
+    distill(arguments, folder).ok()
+    shutil.copytree(folder / "run", folder / "calm")
+    shutil.rmtree(folder / "run" / "model")
+    (folder / "run" / "result.json").unlink()
+    return arguments
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_older_checkpoint_serves_where_the_newest_is_damaged(
+    damage: str, shards: Path, tmp_path: Path
+) -> None:
+    name, harm, sentence = DAMAGE[damage]
+    arguments = finished(shards, tmp_path)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    newest, older = checkpoints / "step_00000012", checkpoints / "step_00000008"
+    harm(newest / name)
+    said = distill(arguments, tmp_path).ok().output
+    assert re.search(rf"{newest} is damaged \(.*{sentence}.*going on from {older}", said), said
+    assert_same_run(tmp_path / "run", tmp_path / "calm")
+    found = sorted(p.name for p in checkpoints.iterdir())
+    assert found == ["step_00000008", "step_00000012", "step_00000012.damaged"]
+
+
+def test_no_whole_checkpoint_is_an_error_that_names_all_and_touches_none(
+    shards: Path, tmp_path: Path
+) -> None:
+    arguments = finished(shards, tmp_path)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for mark in checkpoints.glob("*/state.json"):
+        empty(mark)
     ended = distill(arguments, tmp_path)
     assert ended.code == 2, ended.output
-    assert f"{newest}" in ended.output
-    assert "remove that folder to go on from an earlier checkpoint" in ended.output
+    assert f"no checkpoint in {checkpoints} is whole any more:\n  step_00000012: state.json" in ended.output
+    assert "\n  step_00000008: state.json can't be read" in ended.output
+    assert "remove that folder to start from the beginning" in ended.output
+    assert len(list(checkpoints.iterdir())) == 2
+    ended = distill(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")], tmp_path)
+    assert ended.code == 2 and "has no whole checkpoint" in ended.output
+
+
+def test_what_was_put_aside_before_gives_way(shards: Path, tmp_path: Path) -> None:
+    arguments = finished(shards, tmp_path)
+    newest = tmp_path / "run" / "checkpoints" / "step_00000012"
+    newest.with_suffix(".damaged").mkdir()
+    empty(newest / OPTIMIZER)
+    distill(arguments, tmp_path).ok()
+    assert (newest.with_suffix(".damaged") / "state.json").exists()
+
+
+def test_damaged_checkpoint_does_not_push_out_the_last_whole_one(shards: Path, tmp_path: Path) -> None:
+    run = build(shards, tmp_path / "run")
+    for step in (3, 5):
+        checkpoint.save(tmp_path / "run", run.engine, TrainState(step=step), "data", run.world, keep=2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    empty(checkpoints / "step_00000005" / OPTIMIZER)
+    checkpoint.save(tmp_path / "run", run.engine, TrainState(step=7), "data", run.world, keep=2)
+    assert [p.name for p in saved_checkpoints(tmp_path / "run")] == [f"step_0000000{n}" for n in (3, 5, 7)]
+    empty(checkpoints / "step_00000007" / OPTIMIZER)
+    assert resume(tmp_path / "run", run.engine, "data", run.world).step == 3
+
+
+@pytest.mark.dist
+def test_damage_that_another_rank_finds_turns_all_away_from_it(shards: Path, tmp_path: Path) -> None:
+    arguments = ["train", *settings(shards, tmp_path / "run", save__every=4)]
+    for ended in distill_on_ranks(arguments, tmp_path, 2):
+        ended.ok()
+    first = rows(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step_00000012"
+    files = sorted(str(p.relative_to(newest)) for p in newest.rglob("*.pt"))
+    flip_a_bit(newest / files[1])  # rank 1 reads every second file
+    shutil.rmtree(tmp_path / "run" / "model")
+    (tmp_path / "run" / "result.json").unlink()
+    said = [ended.ok().output for ended in distill_on_ranks(arguments, tmp_path, 2)]
+    assert f"{newest} is damaged ({files[1]} has changed" in said[0]
+    assert rows(tmp_path / "run") == first
+
+
+def test_export_takes_the_newest_that_is_whole(shards: Path, tmp_path: Path) -> None:
+    finished(shards, tmp_path)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    empty(checkpoints / "step_00000012" / OPTIMIZER)
+    distill(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")], tmp_path).ok()
+    shutil.rmtree(checkpoints / "step_00000012")
+    distill(["export", str(tmp_path / "run"), "--out", str(tmp_path / "again")], tmp_path).ok()
+    one, other = (tmp_path / name / "model.safetensors" for name in ("out", "again"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------ files

@@ -98,7 +98,7 @@ def test_export_that_can_not_be_is_refused(teacher_run: Path, shards: Path, tmp_
             "is no run folder: it has no config.yaml",
         ),
         ([str(teacher_run), "--out", str(tmp_path / "taken")], "exists already: choose another --out"),
-        ([str(tmp_path / "young"), "--out", str(tmp_path / "x")], "has no checkpoint yet"),
+        ([str(tmp_path / "young"), "--out", str(tmp_path / "x")], "has no whole checkpoint yet"),
     ):
         ended = distill(["export", *arguments], tmp_path)
         assert ended.code == 2, ended.output

@@ -28,8 +28,9 @@ FLOORS = {
         "files",
         "signals",
         "sample_order",
+        "zero_files",
     },
-    1: {"kernels", "data", "engine", "metrics", "trajectory", "run_folder"},
+    1: {"kernels", "data", "engine", "metrics", "trajectory", "run_folder", "intact", "memory"},
     2: {
         "objectives",
         "teacher",
@@ -37,7 +38,6 @@ FLOORS = {
         "probes",
         "plan",
         "plan_text",
-        "memory",
         "growing",
         "attempts",
     },

@@ -77,6 +77,8 @@ def test_layout_speed_and_logging_may_change(tmp_path: Path) -> None:
     changes |= {"objective__kernel": "reference", "save__every": 1, "save__keep": 9, "log__every": 1}
     changes |= {"log__eval_every": 1, "save__trajectory_to": "s3://bucket/teacher"}
     changes |= {"teacher__cache": "/cache", "teacher__cache_gb": 9.0, "teacher__zero_stage": 3}
+    changes |= {"teacher__offload": True, "engine__zero_stage": 2, "engine__compile": True}
+    changes |= {"engine__offload_optimizer": True, "engine__activation_checkpointing": True}
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "run", moved)
     with claim(config(Path("elsewhere"), moved, **leaves, **changes), True):

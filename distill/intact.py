@@ -1,0 +1,52 @@
+"""Whether a checkpoint's files are still as they were written: a disk may cut them short, empty or change them.
+
+Sizes are noted when a checkpoint is saved; its contents are read over once, before it is loaded. That costs the saving
+nothing: `torch.save` puts a CRC-32 of each record into its file as it writes.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from distill.run_folder import STATE
+
+FILES = "files"  # in a checkpoint's STATE: {path of a file: its bytes}
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file in `folder`, by its path there."""
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def fault_of(checkpoint: Path, share: int = 0, shares: int = 1, contents: bool = True) -> str:
+    """What is wrong with the files of a resumable checkpoint; empty if nothing is.
+
+    contents: read them too, that is the share-th of `shares`: ranks divide the work.
+    """
+    try:
+        sizes: dict[str, int] = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get(FILES, {})
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{STATE} can't be read ({error})"
+    try:
+        found = file_sizes(checkpoint)
+        for name, size in sizes.items():
+            if found.get(name) != size:
+                return f"{name} has {found.get(name, 'no')} bytes, it was written with {size}"
+        recorded = sorted(name for name in sizes if name.endswith(".pt"))
+        for name in recorded[share::shares] if contents else ():
+            if record := _changed_record(checkpoint / name):
+                return f"{name} has changed since it was written, in its record {record}"
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _changed_record(path: Path) -> str:
+    """Name of a record that does not have its checksum, empty if all have; a file that `torch.save` wrote is a zip."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() or ""
+    except zipfile.BadZipFile as error:
+        return str(error)
