@@ -21,13 +21,13 @@ CONFIGS = ROOT / "distill" / "configs"
 NEEDED = ["run_dir=runs/x", "data.shards=shards"]
 WITH_TEACHER = [*NEEDED, "teacher.trajectory=runs/t/trajectory"]
 
-# Adding a key is a decision: add it here, and keep the list under 60.
+# Adding a key is a decision: add it here, and keep the list short (60 until targets and objectives of many terms came).
 KEYS = """
 run_dir seed steps batch_size micro_batch_size
 data.shards data.task data.mask_rate data.mask_token_share data.random_token_share
 data.isolate_documents data.span_depth data.shuffle_window data.num_workers
 model.architecture model.overrides model.init_from
-teacher.trajectory teacher.dtype teacher.zero_stage teacher.unfinished teacher.cache teacher.cache_gb
+teacher.trajectory teacher.targets teacher.dtype teacher.zero_stage teacher.unfinished teacher.cache teacher.cache_gb
 schedule.kind schedule.checkpoints schedule.num_stages schedule.stage_steps schedule.early_share
 schedule.stages schedule.speed schedule.patience schedule.min_gain
 objective.weights objective.beta objective.temperature objective.temperature_on objective.temperature_squared
@@ -43,7 +43,7 @@ log.every log.eval_every log.eval_samples
 
 def test_list_of_keys_is_the_pinned_one() -> None:
     assert [key for key, _, _ in fields_of(Config())] == KEYS
-    assert len(KEYS) <= 60
+    assert len(KEYS) <= 64
 
 
 def test_every_key_is_explained_in_the_help_with_its_default() -> None:

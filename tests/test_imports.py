@@ -32,6 +32,7 @@ FLOORS = {
     2: {
         "objectives",
         "teacher",
+        "stored_teacher",
         "checkpoint",
         "probes",
         "plan",
