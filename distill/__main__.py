@@ -49,6 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="YAML files and assignments, later ones win",
     )
 
+    add_score(commands)
+
     attempt = commands.add_parser(
         "attempt", help="for batch scripts: may this SLURM job start the run once more? Exit code 2: no"
     )
@@ -117,6 +119,42 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_score(commands: Any) -> None:
+    score = commands.add_parser(
+        "score",
+        help="store what the scheduled teacher says of every sample, once, for students to learn from",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: distill score student.yaml teacher.trajectory=runs/teacher/trajectory --out targets --codec sampled\n"
+        "         distill train student.yaml teacher.targets=targets run_dir=runs/student",
+    )
+    score.add_argument(
+        "settings", nargs="+", metavar="FILE.yaml | key=value", help="the student's, as for `distill train`"
+    )
+    add = score.add_argument
+    add("--out", type=Path, required=True, help="folder of the targets; the same command goes on with it")
+    add(
+        "--codec",
+        choices=("top_k", "top_p", "sampled", "hidden"),
+        required=True,
+        help="what is kept: the likeliest classes; as many as have mass P, at most K; random draws (RS-KD, unbiased); "
+        "hidden states, exact and the largest",
+    )
+    add("--k", type=int, help="top_k, top_p: classes, at most (default 64, 100)")
+    add("--p", type=float, help="top_p: their mass together, 0 to 1 (default 0.95)")
+    add("--draws", type=int, help="sampled: draws a token (default 50)")
+    add("--part", type=part, default=(0, 1), metavar="I/N", help="the I-th of N parts, from 0 (default 0/1)")
+    add("--steps", type=int, default=0, help="score the first so many steps only (default: all)")
+    add("--shard-samples", type=int, default=0, help="samples a shard (default 1024; hidden states 64)")
+
+
+def part(text: str) -> tuple[int, int]:
+    """I/N as two numbers."""
+    number, _, parts = text.partition("/")
+    if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I in 0..N-1, e.g. 0/4, got {text!r}")
+    return int(number), int(parts)
+
+
 def add_plan(commands: Any) -> None:
     plan = commands.add_parser(
         "plan", help="memory, storage, disk and time of a run before it starts, without a GPU or weights"
@@ -144,6 +182,8 @@ def run(arguments: argparse.Namespace) -> int:
         from distill.train import train
 
         report(train(config))
+    elif arguments.command == "score":
+        run_score(arguments)
     elif arguments.command == "attempt":
         from distill.attempts import note_start, refuse_standstill
 
@@ -172,6 +212,15 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.command == "trajectory":
         return trajectory_commands.run(arguments)
     return 0
+
+
+def run_score(arguments: argparse.Namespace) -> None:
+    arguments.settings = ["run_dir=.", *arguments.settings]  # it needs none
+    config = config_of(arguments)
+    from distill.score import codec_for, score
+
+    codec = codec_for(config, arguments.codec, arguments.k, arguments.p, arguments.draws)
+    report(score(config, arguments.out, codec, arguments.part, arguments.steps, arguments.shard_samples))
 
 
 def run_probe(arguments: argparse.Namespace) -> None:
@@ -212,7 +261,7 @@ def report(result: Mapping[str, object]) -> None:
 def main() -> int:
     """Entry point of `distill`; returns the exit code."""
     arguments = build_parser().parse_args()
-    if arguments.command == "train":  # the others have nothing to save
+    if arguments.command in ("train", "score"):  # the others have nothing to save
         catch_stop_signals()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:

@@ -21,9 +21,10 @@ from distill.engine import Engine
 from distill.evaluate import validation_samples
 from distill.growing import Growing
 from distill.models import DTYPES, build_model, check_split, load_model, num_parameters, quiet_transformers
-from distill.run_folder import read_schedule, store_schedule
+from distill.run_folder import Scheduled, read_schedule, store_schedule
 from distill.schedule import Schedule, follow_student, make_schedule
 from distill.signals import Stopped, stop_signal
+from distill.stored_teacher import StoredTeacher
 from distill.teacher import Teacher
 from distill.trajectory.audit.verdicts import refuse_bad_steps
 from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
@@ -46,9 +47,9 @@ class Run:
     engine: Engine
     micro: int
     schedule: Schedule | None
-    teacher: Teacher | None
-    trajectory: Manifest | None  # that teaches
-    growing: Growing | None  # the same while its run may not have ended
+    teacher: Teacher | StoredTeacher | None
+    trajectory: Scheduled | None  # that teaches
+    growing: Growing | StoredTeacher | None  # the same while its run may not have ended
     publisher: Publisher | None  # of the trajectory that this run leaves
 
     @property
@@ -103,21 +104,19 @@ class Run:
             store_schedule(self.folder, self.schedule, self.trajectory)
 
 
+Taught = tuple[
+    Schedule | None, Teacher | StoredTeacher | None, Scheduled | None, Growing | StoredTeacher | None
+]
+
+
 def build_run(config: Config, world: World, folder: Path) -> Run:
     """Build every part of the run in `folder`. Raises ValueError (and its kinds) for what can't be trained on."""
     quiet_transformers()
     samples = Samples(config.data, "train", config.seed, shuffle=True)
     micro, accumulation = layout(config, world)
-    schedule, teacher, trajectory, growing = None, None, None, None
-    if config.teacher.trajectory:
-        trajectory = load_alike(config.teacher.trajectory, world)
-        schedule = read_schedule(folder, trajectory) or first_schedule(config, trajectory)
-        refuse_bad_steps(trajectory, (stage.checkpoint for stage in schedule.stages))
-        teacher = Teacher(trajectory, config, samples.tokenizer, samples.sequence_length, world)
-        if schedule.unsettled:
-            growing = Growing(trajectory, config.teacher.unfinished, folder, world)
-        if world.is_main:
-            log.info("teacher schedule\n%s", schedule.table())
+    schedule, teacher, trajectory, growing = make_teacher(config, world, folder, samples)
+    if schedule and world.is_main:
+        log.info("teacher schedule\n%s", schedule.table())
     model = student_model(config, samples)
     log.info("model: %s, %.2f M parameters", model.config.model_type, num_parameters(model) / 1e6)
     model.to(device=world.device)  # type: ignore[call-arg]  # transformers wraps Module.to untyped
@@ -156,6 +155,22 @@ def warn_of_emulation(config: Config, world: World) -> None:
             log.warning(
                 "this CPU has no %s matrix products and is many times slower at them: %s=fp32", name, key
             )
+
+
+def make_teacher(config: Config, world: World, folder: Path, samples: Samples) -> Taught:
+    """Who teaches the run in `folder`, and when: nobody, targets that were scored, or a trajectory."""
+    if config.teacher.targets:
+        stored = StoredTeacher(config, samples, world)
+        schedule = read_schedule(folder, stored.header) or stored.schedule
+        return schedule, stored, stored.header, stored if config.teacher.unfinished == "wait" else None
+    if not config.teacher.trajectory:
+        return None, None, None, None
+    trajectory = load_alike(config.teacher.trajectory, world)
+    schedule = read_schedule(folder, trajectory) or first_schedule(config, trajectory)
+    refuse_bad_steps(trajectory, (stage.checkpoint for stage in schedule.stages))
+    teacher = Teacher(trajectory, config, samples.tokenizer, samples.sequence_length, world)
+    growing = Growing(trajectory, config.teacher.unfinished, folder, world) if schedule.unsettled else None
+    return schedule, teacher, trajectory, growing
 
 
 def first_schedule(config: Config, trajectory: Manifest) -> Schedule:

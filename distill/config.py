@@ -56,12 +56,17 @@ class ModelConfig:
 
 @dataclass
 class TeacherConfig:
-    """The teacher's trajectory; none for training on hard labels."""
+    """The teacher's trajectory, or what it said; neither for training on hard labels."""
 
     trajectory: str = _opt(
         "",
         "folder or URL (s3://, gs://, az://, https://) with manifest.json (see `distill trajectory index`); "
         "empty: no teacher",
+    )
+    targets: str = _opt(
+        "",
+        "folder of stored targets (see `distill score`) that teach in place of the model; a trajectory that is set too is "
+        "only held against them",
     )
     dtype: str = _opt("bf16", "dtype of the frozen teacher's weights", ("bf16", "fp32"))
     zero_stage: int = _opt(
@@ -73,8 +78,8 @@ class TeacherConfig:
     )
     unfinished: str = _opt(
         "refuse",
-        "a teacher whose run has not ended: refuse it where the schedule needs more than is there; at a stage's start "
-        "wait for its checkpoint, or go on with the newest (and record that)",
+        "a teacher whose run has not ended, or targets still being scored: refuse it where the schedule needs more than "
+        "is there; wait for a stage's checkpoint or a step's targets, or go on with the newest checkpoint (and record that)",
         ("refuse", "wait", "newest"),
     )
     cache: str = _opt(

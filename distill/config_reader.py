@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from distill.config import Config, Ramp, fields_of
-from distill.config_rules import check
+from distill.config_rules import check, has_teacher
 
 
 class ConfigError(ValueError):
@@ -38,7 +38,7 @@ def load_config(files: list[str | Path], assignments: list[str]) -> Config:
     config = Config()
     problems = fill(config, files, assignments)
     if not config.objective.weights:
-        config.objective.weights = {"forward_kl": 1.0} if config.teacher.trajectory else {"hard": 1.0}
+        config.objective.weights = {"forward_kl": 1.0} if has_teacher(config) else {"hard": 1.0}
     if not problems:
         problems += check(config)
     if problems:

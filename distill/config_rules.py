@@ -74,6 +74,11 @@ def check(config: Config) -> list[str]:
     return problems
 
 
+def has_teacher(c: Config) -> bool:
+    """Whether the run has one: a model or what it said."""
+    return bool(c.teacher.trajectory or c.teacher.targets)
+
+
 def _rules(c: Config) -> list[tuple[bool, str]]:
     at = {key: value for key, _, value in fields_of(c)}
     needs_teacher = any(name != "hard" for name in c.objective.weights)
@@ -140,13 +145,23 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             f"the reverse KL infinite: keep it at {COLDEST_SOFT} or above, or choose another divergence",
         ),
         (
-            bool(c.teacher.trajectory) or not needs_teacher,
-            "objective.weights names a teacher's objective but teacher.trajectory is not set; "
-            "set it, or train on labels with objective.weights={hard: 1}",
+            has_teacher(c) or not needs_teacher,
+            "objective.weights names a teacher's objective but teacher.trajectory is not set, nor teacher.targets; "
+            "set one, or train on labels with objective.weights={hard: 1}",
         ),
         (
-            not c.teacher.trajectory or needs_teacher,
-            "teacher.trajectory is set but objective.weights only has `hard`: the teacher would run for nothing",
+            not has_teacher(c) or needs_teacher,
+            f"teacher.{'trajectory' if c.teacher.trajectory else 'targets'} is set but objective.weights only has `hard`: "
+            "the teacher would run for nothing",
+        ),
+        (
+            not (c.teacher.targets and c.teacher.unfinished == "newest"),
+            "teacher.unfinished=newest is for a trajectory; of targets every sample has its own: use wait or refuse",
+        ),
+        (
+            not (c.teacher.targets and kind == "saturation"),
+            "schedule.kind=saturation follows the student's progress, which nobody knew when teacher.targets were scored: "
+            "choose another kind, or train with the trajectory itself",
         ),
         (
             kind != "explicit" or bool(stage.stages),

@@ -6,9 +6,10 @@ The only state is the number of consumed samples: ranks, workers, micro-batches 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from distill.config import DataConfig
 from distill.kernels import IGNORED_LABEL as IGNORE
 from distill.models import Inputs
 from distill.sample_order import GOLDEN, Ints, keys_of, mix, sample_ids
+from distill.targets.reader import TargetReader, Targets
+from distill.targets.sparse import SparseTargets
 
 
 @dataclass
@@ -35,6 +38,7 @@ class Batch:
     labels_N: Tensor
     num_tokens: int  # without padding
     sample_ids: Ints
+    targets: Targets | None = None  # of the rows that count, where a teacher's were stored
 
     def without_rows(self) -> Batch:
         """The same inputs, of which nothing counts."""
@@ -45,6 +49,7 @@ class Batch:
             labels_N=self.labels_N[none],
             sample_ids=self.sample_ids[none],
             num_tokens=0,
+            targets=None,
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -56,10 +61,19 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        ids, mask, positions = self.inputs
-        optional = (None if t is None else change(t) for t in (mask, positions))
-        inputs = Inputs(change(ids), *optional)
-        return Batch(inputs, change(self.rows_N), change(self.labels_N), self.num_tokens, self.sample_ids)
+        def each(parts: Iterable[Tensor | None]) -> Iterator[Any]:
+            return (None if t is None else change(t) for t in parts)
+
+        targets = self.targets
+        return replace(
+            self,
+            inputs=Inputs(*each(self.inputs)),
+            rows_N=change(self.rows_N),
+            labels_N=change(self.labels_N),
+            targets=SparseTargets(*each(targets))
+            if isinstance(targets, SparseTargets)
+            else next(each([targets])),
+        )
 
 
 # ------------------------------------------------------------------------------------------------ questions
@@ -147,10 +161,12 @@ def attention(
 
 
 class Samples(Dataset[Batch]):
-    """Micro-batches by their positions in the stream of samples."""
+    """Micro-batches by their positions in the stream of samples, with `targets` beside them where given."""
 
-    def __init__(self, config: DataConfig, split: str, seed: int, shuffle: bool) -> None:
-        self.config, self.seed = config, seed
+    def __init__(
+        self, config: DataConfig, split: str, seed: int, shuffle: bool, targets: TargetReader | None = None
+    ) -> None:
+        self.config, self.seed, self.targets = config, seed, targets
         self.reader = ShardReader(Path(config.shards), split)
         self.window = config.shuffle_window if shuffle else 1
         self.tokenizer = self.reader.index.tokenizer
@@ -175,6 +191,15 @@ class Samples(Dataset[Batch]):
         shards = self.reader.index.splits[self.reader.split].shards
         return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
 
+    @property
+    def question(self) -> dict[str, Any]:
+        """All that decides which samples come where in the stream, and which of their rows count."""
+        of_task = {"mlm": ("mask_rate", "mask_token_share", "random_token_share"), "clm": ("span_depth",)}
+        keys = ("task", "isolate_documents", *of_task[self.config.task])
+        told = {f"data.{key}": getattr(self.config, key) for key in keys}
+        order = {"seed": self.seed, "data.shuffle_window": self.window}
+        return {"data": self.fingerprint, "sequence_length": self.sequence_length, **order, **told}
+
     def __getitem__(self, positions: Ints) -> Batch:
         epochs_B, ids_B = sample_ids(positions, len(self), self.window, self.seed)
         tokens_BL = np.stack([self.reader[int(i)] for i in ids_B]).astype(np.int64)
@@ -195,12 +220,16 @@ class Samples(Dataset[Batch]):
         labels = torch.from_numpy(labels_BL).flatten()
         rows_N = (labels != IGNORE).nonzero().squeeze(1)
         num_tokens = int((tokens_BL != self.tokenizer.pad_id).sum())
+        targets = None
+        if self.targets:
+            targets = self.targets.read(positions, epochs_B, ids_B, (labels_BL != IGNORE).sum(1).tolist())
         return Batch(
             Inputs(torch.from_numpy(inputs_BL), mask, position_ids_BL),
             rows_N,
             labels[rows_N],
             num_tokens,
             ids_B,
+            targets,
         )
 
 
@@ -224,7 +253,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """This rank's endless micro-batches after `consumed` samples of the run."""
     sampler = micro_batch_positions(consumed, batch_size, micro, rank, world_size)
-    return iter(_loader(samples, sampler))
+    return batches_at(samples, sampler)
 
 
 def validation_batches(
@@ -243,6 +272,11 @@ def validation_batches(
     fillers = [np.zeros(1, np.int64)] * missing
     for index, batch in enumerate(_loader(samples, iter([*parts, *fillers]))):
         yield batch if index < len(parts) else batch.without_rows()
+
+
+def batches_at(samples: Samples, positions: Iterable[Ints]) -> Iterator[Batch]:
+    """The micro-batches at these positions of the stream of samples."""
+    return iter(_loader(samples, iter(positions)))
 
 
 def _loader(samples: Samples, positions: Iterator[Ints]) -> DataLoader[Batch]:

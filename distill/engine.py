@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from distill.config import Config
 from distill.distributed import World
-from distill.kernels import Divergence
+from distill.kernels import Divergence, SparseTargets
 from distill.memory import BUCKET
 from distill.models import Inputs, Rows, counted_hidden, final_layer, head_of, work_of
 from distill.zero_files import KEYS, ZeroFiles
@@ -49,17 +49,18 @@ torch.serialization.add_safe_globals([fragment_address, LossScaler, ZeroStageEnu
 
 log = logging.getLogger(__name__)
 TAG = "engine"
+Signal = Rows | SparseTargets  # what the teacher says of the rows that count
 
 
 class Student(nn.Module):
-    """The student as the engine sees it: a micro-batch and the teacher's rows in, the objective's sums out."""
+    """The student as the engine sees it: a micro-batch and what the teacher says in, the objective's sums out."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model, self.last = model, FusedHead()
 
     def forward(
-        self, inputs: Inputs, rows_N: Tensor, labels_N: Tensor, teacher: Rows | None, objective: Any
+        self, inputs: Inputs, rows_N: Tensor, labels_N: Tensor, teacher: Signal | None, objective: Any
     ) -> Divergence:
         hidden_ND = counted_hidden(self.model, inputs, rows_N)
         return self.last(self.model, hidden_ND, labels_N, teacher, objective)
@@ -81,7 +82,7 @@ class FusedHead(nn.Module):
         model: PreTrainedModel,
         hidden_ND: Tensor,
         labels_N: Tensor,
-        teacher: Rows | None,
+        teacher: Signal | None,
         objective: Any,
     ) -> Divergence:
         return objective(Rows(hidden_ND, head_of(model)), teacher, labels_N)
@@ -136,7 +137,7 @@ class Engine:
             return parameter.detach().to("cpu", copy=True) if self.world.is_main else parameter
 
     def forward(
-        self, inputs: Inputs, rows_N: Tensor, labels_N: Tensor, teacher: Rows | None, objective: Any
+        self, inputs: Inputs, rows_N: Tensor, labels_N: Tensor, teacher: Signal | None, objective: Any
     ) -> Divergence:
         """Sums of the objective over the rows of one micro-batch."""
         return self._engine(inputs, rows_N, labels_N, teacher, objective)

@@ -7,10 +7,10 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -18,7 +18,6 @@ from data_prep.files import remove_temporary_files
 from distill.config import Config, fields_of, to_yaml
 from distill.files import write_text
 from distill.schedule import Schedule, schedule_from_json
-from distill.trajectory.manifest import Manifest
 
 CONFIG, SCHEDULE, RESULT, LOCK = "config.yaml", "schedule.json", "result.json", "run.lock"
 WEIGHTS = "weights"  # in schedule.json, beside the schedule
@@ -47,6 +46,23 @@ MAY_CHANGE = (
     "log.every",
     "log.eval_every",
 )
+
+
+class Weights(Protocol):
+    """A checkpoint, by the sha256 of its weight files."""
+
+    @property
+    def weights(self) -> tuple[str, ...]: ...
+
+
+class Scheduled(Protocol):
+    """What a schedule's teacher steps are steps of: a trajectory, or targets that one has scored."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def checkpoints(self) -> Mapping[int, Weights]: ...
 
 
 class RunFolderError(ValueError):
@@ -80,7 +96,7 @@ def claim(config: Config, is_main: bool) -> Iterator[Path]:
 
 
 def store_settings(
-    folder: Path, config: Config, schedule: Schedule | None, trajectory: Manifest | None
+    folder: Path, config: Config, schedule: Schedule | None, trajectory: Scheduled | None
 ) -> None:
     """Bind the folder to what decides the run: its config, its schedule and the weights that teach.
 
@@ -91,7 +107,7 @@ def store_settings(
         store_schedule(folder, schedule, trajectory)
 
 
-def store_schedule(folder: Path, schedule: Schedule, trajectory: Manifest) -> None:
+def store_schedule(folder: Path, schedule: Schedule, trajectory: Scheduled) -> None:
     """Bind the run to what teaches when, and to its weights as far as they exist.
 
     Called at its start, and when a stage is settled: by the student's progress, or by a teacher that is still training.
@@ -100,7 +116,7 @@ def store_schedule(folder: Path, schedule: Schedule, trajectory: Manifest) -> No
     write_text(folder / SCHEDULE, json.dumps(content, indent=1))
 
 
-def read_schedule(folder: Path, trajectory: Manifest) -> Schedule | None:
+def read_schedule(folder: Path, trajectory: Scheduled) -> Schedule | None:
     """The schedule this run was started with, or None if it wasn't.
 
     Raises:
@@ -122,7 +138,7 @@ def read_schedule(folder: Path, trajectory: Manifest) -> Schedule | None:
     return schedule
 
 
-def _weights(schedule: Schedule, trajectory: Manifest) -> dict[str, list[str]]:
+def _weights(schedule: Schedule, trajectory: Scheduled) -> dict[str, list[str]]:
     """sha256 of the weight files of each checkpoint that teaches, by teacher step (text, as JSON keys are)."""
     known = trajectory.checkpoints
     steps = sorted({*(stage.checkpoint for stage in schedule.stages), *schedule.waiting})

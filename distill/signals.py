@@ -14,10 +14,10 @@ _received: list[int] = []
 class Stopped(Exception):
     """A signal asked the run to leave; it was saved first."""
 
-    def __init__(self, signal_number: int, step: int) -> None:
+    def __init__(self, signal_number: int, step: int, unit: str = "step") -> None:
         self.signal_number = signal_number
         super().__init__(
-            f"stopped by signal {signal_number} after step {step}; the same command goes on from there"
+            f"stopped by signal {signal_number} after {unit} {step}; the same command goes on from there"
         )
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from data_prep.shards import TokenizerInfo
 from distill.config import Config
+from distill.data import Batch
 from distill.distributed import World
 from distill.engine import own_part, partitioned
 from distill.models import DTYPES, Inputs, Rows, check_split, counted_rows, empty_model
@@ -84,6 +85,10 @@ class Teacher:
         """The teacher's hidden states and head at the rows that count."""
         assert self.model is not None, "use() comes first"
         return counted_rows(self.model, inputs, rows_N)
+
+    def signal(self, batch: Batch) -> Rows:
+        """What the teacher says about this batch."""
+        return self.rows(batch.inputs, batch.rows_N)
 
     def close(self) -> None:
         if self._stream:

@@ -102,11 +102,11 @@ def train_step(
     state.tokens, window.tokens = state.tokens + global_tokens, window.tokens + global_tokens
     for batch in micro_batches:
         batch = batch.to(run.world.device)
-        teacher_rows = None
+        said = None
         if run.teacher:
             with window.teacher_clock:
-                teacher_rows = run.teacher.rows(batch.inputs, batch.rows_N)
-        sums = run.engine.forward(batch.inputs, batch.rows_N, batch.labels_N, teacher_rows, objective)
+                said = run.teacher.signal(batch)
+        sums = run.engine.forward(batch.inputs, batch.rows_N, batch.labels_N, said, objective)
         run.engine.backward(sums.loss, max(global_rows, 1.0))
         window.sums.add(sums)
     return run.engine.step(lr)

@@ -34,6 +34,7 @@ FLOORS = {
     2: {
         "objectives",
         "teacher",
+        "stored_teacher",
         "checkpoint",
         "probes",
         "plan",

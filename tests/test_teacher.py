@@ -14,6 +14,7 @@ from tiny import SIZES, TOKENIZER, VOCABULARY, assert_same_run, config, rows, we
 
 import distill.train
 from distill.build import build_run
+from distill.data import Batch
 from distill.distributed import start
 from distill.kernels import Head, divergence
 from distill.models import Inputs, Rows, build_model, counted_rows, load_model
@@ -175,8 +176,8 @@ class AlwaysRight:
     def follow(self, *_: Any) -> float:
         return 0.0
 
-    def rows(self, inputs: Inputs, rows_N: torch.Tensor) -> Rows:
-        following = inputs.input_ids_BL.flatten()[rows_N + 1]
+    def signal(self, batch: Batch) -> Rows:
+        following = batch.inputs.input_ids_BL.flatten()[batch.rows_N + 1]
         return Rows(
             torch.nn.functional.one_hot(following, VOCABULARY).float(), Head(9 * torch.eye(VOCABULARY))
         )

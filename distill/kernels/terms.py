@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from distill.targets.sparse import SparseTargets
+
 IGNORED_LABEL = -100
 ARGMAX_BELOW = 1e-4  # colder teachers are their arg-max; dividing by such a temperature would overflow
 GOLD_ROUNDING = 1e-3  # of probabilities that were stored in few bits
@@ -32,21 +34,6 @@ class Divergence(NamedTuple):
     hard: Tensor  # nats: cross-entropy with the labels, student at temperature 1; 0 without labels
     num_correct: Tensor  # rows whose arg-max (the first of equals) is the label; 0 without labels
     num_rows: Tensor  # rows that count
-
-
-class SparseTargets(NamedTuple):
-    """What a teacher said of each row, cut to K classes.
-
-    ids_NK: int64, distinct within a row where probs_NK is not 0; entries of probability 0 are padding, whatever
-    their id. probs_NK: float32, the teacher's probabilities, not renormalised. tail_N: float32, the mass of all
-    other classes as one bucket; None leaves them out. gold_N: float32, the teacher's probability of the row's
-    label; where the label is not among the ids it becomes one more entry, taken out of the tail.
-    """
-
-    ids_NK: Tensor
-    probs_NK: Tensor
-    tail_N: Tensor | None = None
-    gold_N: Tensor | None = None
 
 
 @dataclass(frozen=True)

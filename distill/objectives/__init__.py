@@ -12,12 +12,12 @@ from functools import partial
 from torch import Tensor
 
 from distill.config import ObjectiveConfig
-from distill.kernels import Divergence
+from distill.kernels import Divergence, SparseTargets
 from distill.models import Rows
 from distill.objectives.soft_labels import soft_and_hard_labels
 from distill.schedule import ramp_at
 
-Objective = Callable[[Rows, Rows | None, Tensor], Divergence]
+Objective = Callable[[Rows, Rows | SparseTargets | None, Tensor], Divergence]
 
 
 def weights_at(config: ObjectiveConfig, share: float) -> dict[str, float]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from distill.config import ObjectiveConfig
-from distill.kernels import Divergence, linear_divergence
+from distill.kernels import Divergence, SparseTargets, linear_divergence, linear_sparse_divergence
 from distill.models import Rows
+from distill.targets.codecs import Codec
 
 HARD = "hard"
+FROM_FEW_CLASSES = "forward_kl"  # the one divergence that targets cut to few classes can serve
 
 
 def soft_and_hard_labels(
     student: Rows,
-    teacher: Rows | None,
+    teacher: Rows | SparseTargets | None,
     labels_N: Tensor,
     config: ObjectiveConfig,
     weights: Mapping[str, float],
@@ -27,9 +30,24 @@ def soft_and_hard_labels(
     D is the one divergence named in `weights` beside `hard`: forward_kl (Panigrahi et al., ICLR 2025, section 2:
     teacher first, temperature on the teacher alone unless config says `both`), reverse_kl (MiniLLM, ICLR 2024),
     jsd with config.beta (GKD, ICLR 2024) or tvd (Wen et al., ACL 2023). Formulas: `distill.kernels`.
-    Rows hold N hidden states; labels_N int64. Returns sums over rows, never means.
+    Rows hold N hidden states; labels_N int64. Returns sums over rows, never means. Of stored targets that were cut to
+    few classes there is forward_kl alone.
     """
     kind = soft_kind(weights)
+    common: dict[str, Any] = {
+        "soft_weight": weights[kind] if kind else 0.0,
+        "hard_weight": weights.get(HARD, 0.0),
+        "temperature": temperature,
+        "temperature_on": config.temperature_on,
+        "temperature_squared": config.temperature_squared,
+        "vocab_size": vocab_size,
+        "chunk_rows": config.chunk_rows or None,
+        "impl": config.kernel,
+    }
+    if isinstance(teacher, SparseTargets):
+        if kind not in (None, FROM_FEW_CLASSES):
+            raise ValueError(f"targets cut to few classes serve {FROM_FEW_CLASSES} alone, got {kind}")
+        return linear_sparse_divergence(student.hidden_ND, student.head, teacher, labels_N, **common)
     return linear_divergence(
         student.hidden_ND,
         student.head,
@@ -38,18 +56,34 @@ def soft_and_hard_labels(
         labels_N,
         kind=kind or "forward_kl",  # type: ignore[arg-type]  # checked by config
         beta=config.beta,
-        soft_weight=weights[kind] if kind else 0.0,
-        hard_weight=weights.get(HARD, 0.0),
-        temperature=temperature,
-        temperature_on=config.temperature_on,  # type: ignore[arg-type]
-        temperature_squared=config.temperature_squared,
-        vocab_size=vocab_size,
-        chunk_rows=config.chunk_rows or None,
-        impl=config.kernel,  # type: ignore[arg-type]
+        **common,
     )
 
 
-def soft_kind(weights: Mapping[str, float]) -> str | None:
+def refuse_unserved(config: ObjectiveConfig, codec: Codec, where: str) -> None:
+    """Refuse targets at `where` that can't give what the objective needs; nothing is approximated in silence.
+
+    Raises:
+        ValueError: a divergence of the whole distribution, or another temperature than the targets were made at.
+    """
+    if codec.is_exact:
+        return
+    kind = soft_kind(config.weights)
+    if kind not in (None, FROM_FEW_CLASSES):
+        raise ValueError(
+            f"objective.weights names {kind}, which needs the teacher's whole distribution; the targets in {where} are cut "
+            f"({codec}) and serve {FROM_FEW_CLASSES} and {HARD}: use these, or score with --codec hidden"
+        )
+    ramp = config.temperature
+    values = {value for _, value in ramp} if isinstance(ramp, list) else {ramp}
+    if values != {codec.temperature}:
+        raise ValueError(
+            f"objective.temperature is {ramp}, the targets in {where} were made at {codec.temperature}: use that, or score "
+            "again (--codec hidden serves every temperature)"
+        )
+
+
+def soft_kind(weights: Mapping[str, Any]) -> str | None:
     """The divergence from the teacher that `weights` names; None for hard labels alone.
 
     Raises:
