@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from distill.config import Config
 from distill.distributed import World
 from distill.kernels import Divergence
-from distill.models import Inputs, Rows, counted_hidden, final_layer, head_of, work_of
+from distill.models import Inputs, Inside, Rows, counted_hidden, final_layer, head_of, work_of
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -37,17 +37,23 @@ TAG = "engine"
 
 
 class Student(nn.Module):
-    """The student as the engine sees it: a micro-batch and the teacher's rows in, the objective's sums out."""
+    """The student as the engine sees it: a micro-batch and the teacher's rows in, the objective's sums out.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    learned: what an objective learns beside the model, as projections of hidden states. It is optimized and saved
+    with the model, and never exported.
+    """
+
+    def __init__(self, model: PreTrainedModel, learned: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
         self.model, self.last = model, FusedHead()
+        self.learned = nn.ModuleDict(learned)
 
     def forward(
         self, inputs: Inputs, rows_N: Tensor, labels_N: Tensor, teacher: Rows | None, objective: Any
     ) -> Divergence:
-        hidden_ND = counted_hidden(self.model, inputs, rows_N)
-        return self.last(self.model, hidden_ND, labels_N, teacher, objective)
+        hidden_ND, inside = counted_hidden(self.model, inputs, rows_N, objective.needs)
+        around = (rows_N // inputs.input_ids_BL.shape[1], self.learned)
+        return self.last(self.model, hidden_ND, inside, labels_N, teacher, objective, around)
 
 
 class FusedHead(nn.Module):
@@ -65,25 +71,34 @@ class FusedHead(nn.Module):
         self,
         model: PreTrainedModel,
         hidden_ND: Tensor,
+        inside: Inside,
         labels_N: Tensor,
         teacher: Rows | None,
         objective: Any,
+        around: tuple[Tensor, nn.ModuleDict],
     ) -> Divergence:
-        return objective(Rows(hidden_ND, head_of(model)), teacher, labels_N)
+        return objective(Rows(hidden_ND, head_of(model), inside), teacher, labels_N, *around)
 
 
 class Engine:
     """Forward, backward, clip and step of one student, `accumulation` micro-batches a step."""
 
-    def __init__(self, model: PreTrainedModel, config: Config, world: World, accumulation: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: Config,
+        world: World,
+        accumulation: int,
+        learned: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         self.world, self.accumulation = world, accumulation
-        groups = _parameter_groups(model, config.optim.weight_decay)
+        student = Student(model, learned)
+        groups = _parameter_groups(student, config.optim.weight_decay)
         optim = config.optim
         optimizer = torch.optim.AdamW(
             groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
         )
         self.work = work_of(model)  # before ZeRO 3 splits the weights
-        student = Student(model)
         if config.engine.zero_stage == 3:
             student.last.gathers(model)
         settings = deepspeed_settings(config, world, accumulation)
@@ -141,7 +156,7 @@ class Engine:
             self._engine.step()
             return self._engine.get_global_grad_norm()
         # In stage 0 DeepSpeed keeps whole gradients, and tells no norm of them.
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self._engine.step()
         return norm
@@ -239,4 +254,5 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
     else:  # ZeRO 0 keeps the weights whole, with the optimizer beside them
         path = folder / TAG / "mp_rank_00_model_states.pt"
         state = torch.load(path, map_location="cpu", weights_only=True)["module"]
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    prefix = "model."  # what an objective has learnt beside the model stays behind
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
