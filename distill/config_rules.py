@@ -60,6 +60,10 @@ READ_BY = {
 }
 
 
+# Terms that compare rows with each other; alone they don't say what the rows should be.
+COMPARING = {"ckd", "ckd_hidden", "relations"}
+
+
 def check(config: Config) -> list[str]:
     """Every value out of range and every contradiction in `config`, as lines for the user."""
     problems = [
@@ -121,6 +125,11 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             (isinstance(given, dict), f"objective.settings.{name} must be {{key: value}}, got {given!r}")
             for name, given in c.objective.settings.items()
         ],
+        (
+            not (c.objective.weights.keys() & COMPARING) or bool(c.objective.weights.keys() - COMPARING),
+            f"objective.weights names only {' and '.join(c.objective.weights)}, by which what all rows have in common "
+            "stays open: add an anchor, e.g. forward_kl: 0.5",
+        ),
         (
             "jsd" in soft or c.objective.beta == ObjectiveConfig().beta,
             f"objective.beta={c.objective.beta} is read by jsd only, which objective.weights does not name",

@@ -49,6 +49,10 @@ class Seen:
         return self.labels_N.shape[0]
 
     @property
+    def rows_at_once(self) -> int:
+        return self.chunk_rows or max(16, CHUNK_BYTES // (4 * self.vocab_size))
+
+    @property
     def live(self) -> Rows:
         """The teacher's rows. Raises ValueError where its targets are stored: they hold no hidden states."""
         if not isinstance(self.teacher, Rows):
@@ -92,7 +96,19 @@ def of_gold(log_p_CK: Tensor, gold_C: Tensor) -> Tensor:
 def over_rows(
     seen: Seen, function: Callable[[Buckets], Tensor], order_N: Tensor | None = None, overlap: int = 0
 ) -> Tensor:
-    """`function` of the buckets of a chunk of rows after another, its results [C, ...] joined to [N, ...].
+    """`over_chunks` of what both models say: `function` of Buckets."""
+    return over_chunks(
+        seen, lambda hidden_CD, rows_C: function(buckets(hidden_CD, seen, rows_C)), order_N, overlap
+    )
+
+
+def over_chunks(
+    seen: Seen,
+    function: Callable[[Tensor, Tensor], Tensor],
+    order_N: Tensor | None = None,
+    overlap: int = 0,
+) -> Tensor:
+    """`function(hidden_CD, rows_C)` of a chunk of rows after another, its results [C, ...] joined to [N, ...].
 
     No logits outlive their chunk: the backward pass makes them once more. That costs one more product of both
     heads, and memory for one chunk. order_N: rows in another order. overlap: each chunk also has this many of the
@@ -101,32 +117,65 @@ def over_rows(
     device = seen.labels_N.device
     order_N = torch.arange(seen.num_rows, device=device) if order_N is None else order_N
     around = torch.cat([order_N, order_N[:overlap]])
-    size = seen.chunk_rows or max(16, CHUNK_BYTES // (4 * seen.vocab_size))
+    size = seen.rows_at_once
     parts = []
     for start in range(0, max(seen.num_rows, 1), size):
         rows_C = around[start : start + size + overlap]
-        given = (seen.student.hidden_ND[rows_C], seen, rows_C, function)
+        hidden_CD = seen.student.hidden_ND[rows_C]
         if torch.is_grad_enabled():
-            parts.append(checkpoint(_of_chunk, *given, use_reentrant=False, preserve_rng_state=False))
+            parts.append(
+                checkpoint(function, hidden_CD, rows_C, use_reentrant=False, preserve_rng_state=False)
+            )
         else:
-            parts.append(_of_chunk(*given))
+            parts.append(function(hidden_CD, rows_C))
     return torch.cat(parts)
-
-
-def _of_chunk(hidden_CD: Tensor, seen: Seen, rows_C: Tensor, function: Callable[[Buckets], Tensor]) -> Tensor:
-    return function(buckets(hidden_CD, seen, rows_C))
 
 
 def buckets(hidden_CD: Tensor, seen: Seen, rows_C: Tensor) -> Buckets:
     """What student and teacher say of some rows; the student's hidden states are given, as gradients flow there."""
     student_CV = log_probabilities(hidden_CD, seen.student.head, seen.vocab_size)
+    said = teacher_buckets(seen, rows_C)
+    teacher_CK = said.teacher_CK.to(student_CV.dtype)
+    if said.ids_CK is None:
+        return Buckets(student_CV, teacher_CK, said.gold_C, None, student_CV)
+    kept_CK = student_CV.gather(1, said.ids_CK.clamp(min=0)).masked_fill(said.ids_CK < 0, ABSENT)
+    mass_C = kept_CK.logsumexp(1).exp().clamp(max=1 - torch.finfo(kept_CK.dtype).eps)
+    student_CK = torch.where(said.ids_CK == -1, torch.log1p(-mass_C)[:, None], kept_CK)
+    return Buckets(student_CK, teacher_CK, said.gold_C, said.ids_CK, student_CV)
+
+
+class Said(NamedTuple):
+    """The teacher's side of Buckets."""
+
+    teacher_CK: Tensor
+    gold_C: Tensor
+    ids_CK: Tensor | None
+
+
+@torch.no_grad()
+def teacher_buckets(seen: Seen, rows_C: Tensor) -> Said:
+    """What the teacher says of some rows."""
     labels_C = seen.labels_N[rows_C]
     if isinstance(seen.teacher, Rows):
-        with torch.no_grad():
-            teacher_CV = log_probabilities(seen.teacher.hidden_ND[rows_C], seen.teacher.head, seen.vocab_size)
-        return Buckets(student_CV, teacher_CV.to(student_CV.dtype), labels_C, None, student_CV)
+        hidden_CD, head = seen.teacher.hidden_ND[rows_C], seen.teacher.head
+        return Said(log_probabilities(hidden_CD, head, seen.vocab_size), labels_C, None)
     assert seen.teacher is not None, "no term is without a teacher"
-    return _stored(student_CV, seen.teacher, labels_C, rows_C)
+    ids_NK, probs_NK, tail_N, gold_N = seen.teacher
+    if tail_N is None or gold_N is None:
+        lacks = "the mass of all other classes" if tail_N is None else "the label's probability"
+        raise ValueError(
+            f"the stored targets lack {lacks}, which this term needs: score targets that keep it, or use forward_kl"
+        )
+    cut = SparseTargets(ids_NK[rows_C], probs_NK[rows_C], tail_N[rows_C], gold_N[rows_C])
+    ids_CK, probs_CK, rest_C, _ = gold_as_entry(cut, labels_C)
+    assert rest_C is not None
+    here_CK = probs_CK > 0
+    known_C1 = (here_CK & (ids_CK == labels_C[:, None]))[:, :-1].any(1, keepdim=True)
+    # A label stored with probability 0 is a bucket all the same; the rest is always one.
+    here_CK = torch.cat([here_CK[:, :-1], ~known_C1, torch.ones_like(known_C1)], 1)
+    ids_CK = torch.cat([ids_CK, ids_CK.new_full((len(ids_CK), 1), -1)], 1).masked_fill(~here_CK, -2)
+    said_CK = torch.cat([probs_CK, rest_C[:, None]], 1).clamp(min=LEAST).log().masked_fill(~here_CK, ABSENT)
+    return Said(said_CK, (ids_CK == labels_C[:, None]).long().argmax(1), ids_CK)
 
 
 def log_probabilities(hidden_CD: Tensor, head: Head, vocab_size: int) -> Tensor:
@@ -135,30 +184,17 @@ def log_probabilities(hidden_CD: Tensor, head: Head, vocab_size: int) -> Tensor:
     return logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)).log_softmax(1)
 
 
-def _stored(student_CV: Tensor, targets: SparseTargets, labels_C: Tensor, rows_C: Tensor) -> Buckets:
-    if targets.tail_N is None or targets.gold_N is None:
-        lacks = "the mass of all other classes" if targets.tail_N is None else "the label's probability"
-        raise ValueError(
-            f"the stored targets lack {lacks}, which this term needs: score targets that keep it, or use forward_kl"
-        )
-    cut = SparseTargets(*(None if each is None else each[rows_C] for each in targets))
-    ids_CK, probs_CK, tail_C, _ = gold_as_entry(cut, labels_C)
-    assert tail_C is not None
-    here_CK = probs_CK > 0
-    known_C = (here_CK & (ids_CK == labels_C[:, None]))[:, :-1].any(1)
-    here_CK = torch.cat(
-        [here_CK[:, :-1], ~known_C[:, None]], 1
-    )  # a label stored as 0 is a bucket all the same
-    rest_C = student_CV.gather(1, ids_CK).masked_fill(~here_CK, ABSENT).logsumexp(1)
-    student_rest_C = torch.log1p(-rest_C.exp().clamp(max=1 - torch.finfo(rest_C.dtype).eps))
-    student_CK = torch.cat(
-        [student_CV.gather(1, ids_CK).masked_fill(~here_CK, ABSENT), student_rest_C[:, None]], 1
-    )
-    stored_CK = torch.cat([probs_CK, tail_C[:, None]], 1).to(student_CV.dtype).clamp(min=LEAST).log()
-    here_CK = torch.cat([here_CK, here_CK.new_ones(len(here_CK), 1)], 1)
-    ids_CK = torch.cat([ids_CK, ids_CK.new_full((len(ids_CK), 1), -1)], 1).masked_fill(~here_CK, -2)
-    gold_C = (ids_CK == labels_C[:, None]).long().argmax(1)
-    return Buckets(student_CK, stored_CK.masked_fill(~here_CK, ABSENT), gold_C, ids_CK, student_CV)
+def logits_at(hidden_CD: Tensor, head: Head, ids_CK: Tensor, ids_M: Tensor) -> tuple[Tensor, Tensor]:
+    """([C, K], [C, M]): the head's logits of classes that each row chooses, and of some that all share."""
+    both = [
+        torch.einsum("cd,ckd->ck", hidden_CD, head.weight_VD[ids_CK]),
+        hidden_CD @ head.weight_VD[ids_M].T,
+    ]
+    if head.bias_V is not None:
+        both = [both[0] + head.bias_V[ids_CK], both[1] + head.bias_V[ids_M]]
+    if head.softcap is not None:
+        both = [head.softcap * (x / head.softcap).tanh() for x in both]
+    return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in both)  # type: ignore[return-value]
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic

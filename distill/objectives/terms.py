@@ -11,7 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import ObjectiveConfig
-from distill.objectives import decoupled
+from distill.objectives import (
+    comparative,
+    correlation,
+    cross_head,
+    decoupled,
+    double,
+    gating,
+    layers,
+    relations,
+)
+
+# What settings of a name must not fall below; 0 for others.
+LEAST = {
+    "classes": 1,
+    "group": 2,
+    "samples": 1,
+    "temperature": 0.01,
+    "confidence_temperature": 0.01,
+    "until": 0.001,
+}
 
 
 class Term(NamedTuple):
@@ -32,14 +51,69 @@ class Term(NamedTuple):
 
 TERMS: dict[str, Term] = {
     "atkd": Term(
-        decoupled.atkd,
-        "label and other classes apart, easy and hard rows apart (ATKD, ACL 2024)",
-        stored=True,
+        decoupled.atkd, "label and others apart, easy and hard rows apart (ATKD, ACL 2024)", stored=True
     ),
     "rld": Term(
         decoupled.rld,
-        "the teacher's confidence on the label, and the classes it ranks below it (RLD, ICCV 2025)",
+        "confidence on the label, and the classes ranked below it (RLD, ICCV 2025)",
         stored=True,
+    ),
+    "pearson": Term(correlation.pearson, "correlation of log-probabilities (CMKD, 2410.06561)", stored=True),
+    "spearman": Term(correlation.spearman, "correlation of soft ranks (CMKD, 2410.06561) [R]", stored=True),
+    "clkd": Term(correlation.clkd, "rows, columns and correlation of classes (CLKD, 2211.14773) [R]"),
+    "gate": Term(gating.gate, "token level where simple, best guess elsewhere (2404.14827)", stored=True),
+    "ada_alpha": Term(
+        gating.ada_alpha,
+        "labels or teacher by word frequency (AdaAlpha, TMLR 2022) [R]",
+        ("words",),
+        stored=True,
+    ),
+    "ada_margin": Term(
+        gating.ada_margin, "margin by word frequency (AdaMargin, TMLR 2022) [R]", ("words",), stored=True
+    ),
+    "excess_loss": Term(
+        gating.excess_loss, "rows by the student's excess loss (TST, IJCAI 2023)", stored=True
+    ),
+    "cross_head": Term(
+        cross_head.cross_head,
+        "the teacher's head on the student's states (SRD, IJCV 2024)",
+        learns=layers.projection,
+    ),
+    "ckd": Term(comparative.ckd, "differences between rows (CKD, WACV 2025)", stored=True),
+    "ckd_hidden": Term(
+        comparative.ckd_hidden,
+        "the same of hidden states, squared (CKD, WACV 2025)",
+        learns=layers.projection,
+    ),
+    "double": Term(double.double, "double distillation (Menon et al., ICML 2021) [R]", stored=True),
+    "double_pairs": Term(
+        double.double_pairs, "the same, pair by pair (Menon et al., ICML 2021) [R]", stored=True
+    ),
+    "double_sampled": Term(
+        double.double_sampled, "the same, on teacher-guided and drawn negatives (ICML 2021) [R]", stored=True
+    ),
+    "hidden_cosine": Term(
+        layers.hidden_cosine,
+        "last hidden states (DistilBERT, 1910.01108)",
+        ("layers",),
+        learns=layers.projection_if_needed,
+    ),
+    "hidden_square": Term(
+        layers.hidden_square,
+        "all hidden states (HomoDistil, ICLR 2023)",
+        ("layers",),
+        learns=layers.projection,
+    ),
+    "attention_kl": Term(layers.attention_kl, "attentions (MiniLM, 2002.10957)", ("attentions",)),
+    "curriculum": Term(
+        layers.curriculum, "random projections of layers, shallow to deep (2503.17494)", ("layers",)
+    ),
+    "dpk": Term(
+        layers.dpk, "dynamic prior knowledge (DPK, ICLR 2023)", ("layers",), learns=layers.PriorPredictor
+    ),
+    "relations": Term(relations.relations, "similarities among rows (ReFilled, 2205.01915)"),
+    "contrastive": Term(
+        relations.contrastive, "each row its teacher's among all (2407.11802)", learns=relations.Aligner
     ),
 }
 
@@ -87,17 +161,8 @@ def check_terms(config: ObjectiveConfig, vocab_size: int, stored: bool = False) 
                 f"objective.weights.{name} needs a live teacher, and the targets are stored: set teacher.trajectory, "
                 f"or choose among {served}"
             )
-        if name in TERMS and (classes := _classes(name, config)) > vocab_size:
-            problems.append(
-                f"objective.settings.{name}.classes is {classes}, but the vocabulary has {vocab_size}: set it to less"
-            )
     if problems:
         raise ValueError("\n".join(problems))
-
-
-def _classes(name: str, config: ObjectiveConfig) -> int:
-    number = {**settings_of(TERMS[name].function), **config.settings.get(name, {})}.get("classes", 0)
-    return number if isinstance(number, int) else 0
 
 
 def _problems_of(name: str, given: Mapping[str, Any], config: ObjectiveConfig, vocab_size: int) -> list[str]:
@@ -116,8 +181,10 @@ def _problems_of(name: str, given: Mapping[str, Any], config: ObjectiveConfig, v
             problems.append(f"{where} must be like its default {known[key]!r}, got {value!r}")
         elif isinstance(known[key], int) and not isinstance(value, int):
             problems.append(f"{where} must be a whole number, got {value!r}")
-        elif value < 0 or (value == 0 and key in ("classes", "temperature", "group")):
-            problems.append(f"{where} must be above 0, got {value!r}")
+        elif value < (least := LEAST.get(key, 0)):
+            problems.append(f"{where} must be at least {least}, got {value!r}")
+        elif key == "classes" and value > vocab_size:
+            problems.append(f"{where} is {value}, but the vocabulary has {vocab_size}: set it to less")
     return problems
 
 
