@@ -50,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     add_score(commands)
+    train.add_argument(
+        "--help-objectives", action="store_true", help="list what objective.weights can name, and leave"
+    )
 
     attempt = commands.add_parser(
         "attempt", help="for batch scripts: may this SLURM job start the run once more? Exit code 2: no"
@@ -177,7 +180,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     Imports are here because torch takes seconds and --help should not.
     """
-    if arguments.command == "train":
+    if arguments.command == "train" and arguments.help_objectives:
+        from distill.objectives.terms import help_text as help_of_objectives
+
+        print(help_of_objectives())
+    elif arguments.command == "train":
         config = config_of(arguments)  # first: a bad one is told at once
         from distill.train import train
 

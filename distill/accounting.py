@@ -13,7 +13,7 @@ from distill.config import Config
 from distill.distributed import sum_over_ranks
 from distill.metrics import Stopwatch, Sums, means, peak_flops
 from distill.models import DTYPES, flops_per_step
-from distill.objectives import weights_at
+from distill.objectives import term_names, weights_at
 from distill.schedule import ramp_at
 
 Norm = float | torch.Tensor  # a tensor on a GPU, read only when it is logged
@@ -42,7 +42,8 @@ class Window:
         self.run = run
         self.tokens = state.window.get("tokens", 0.0)
         stored = state.window if run.world.is_main else None  # it was summed over the ranks
-        self.sums = Sums(run.world.device, stored)
+        self._terms = term_names(run.config.objective)
+        self.sums = Sums(run.world.device, stored, self._terms)
         self.peak = peak_flops(run.world.device, DTYPES[run.config.engine.dtype]) * run.world.size
         self._restart_clocks()
 
@@ -93,6 +94,6 @@ class Window:
             "teacher_share": teacher_seconds / seconds,
             "stall_seconds": self.stall_seconds,
         }
-        self.sums, self.tokens = Sums(self.run.world.device), 0.0
+        self.sums, self.tokens = Sums(self.run.world.device, terms=self._terms), 0.0
         self._restart_clocks()
         return values

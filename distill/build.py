@@ -20,7 +20,18 @@ from distill.distributed import World, agree_on_stop
 from distill.engine import Engine
 from distill.evaluate import validation_samples
 from distill.growing import Growing
-from distill.models import DTYPES, build_model, check_split, load_model, num_parameters, quiet_transformers
+from distill.models import (
+    DTYPES,
+    build_model,
+    check_split,
+    load_model,
+    num_parameters,
+    quiet_transformers,
+    show_attentions,
+)
+from distill.objectives import Objective
+from distill.objectives.terms import check_terms, learned_modules, needs_of
+from distill.probes.quality import word_buckets
 from distill.run_folder import Scheduled, read_schedule, store_schedule
 from distill.schedule import Schedule, follow_student, make_schedule
 from distill.signals import Stopped, stop_signal
@@ -45,6 +56,7 @@ class Run:
     samples: Samples
     validation: Samples
     engine: Engine
+    objective: Objective
     micro: int
     schedule: Schedule | None
     teacher: Teacher | StoredTeacher | None
@@ -114,14 +126,26 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     quiet_transformers()
     samples = Samples(config.data, "train", config.seed, shuffle=True)
     micro, accumulation = layout(config, world)
+    needs = needs_of(config.objective.weights)
     schedule, teacher, trajectory, growing = make_teacher(config, world, folder, samples)
+    check_terms(config.objective, samples.tokenizer.vocab_size, stored=isinstance(teacher, StoredTeacher))
     if schedule and world.is_main:
         log.info("teacher schedule\n%s", schedule.table())
     model = student_model(config, samples)
     log.info("model: %s, %.2f M parameters", model.config.model_type, num_parameters(model) / 1e6)
     model.to(device=world.device)  # type: ignore[call-arg]  # transformers wraps Module.to untyped
-    engine = Engine(model, config, world, accumulation)
+    if "attentions" in needs:
+        show_attentions(model)
+    teacher_width = 0
+    if "width" in needs and isinstance(teacher, Teacher) and schedule:
+        teacher_width = teacher.width(schedule.checkpoint_at(0))
+    learned = learned_modules(config.objective.weights, model.config.hidden_size, teacher_width, config.seed)
+    for module in learned.values():
+        module.to(world.device)
     warn_of_emulation(config, world)
+    engine = Engine(model, config, world, accumulation, learned)
+    buckets = word_buckets(samples).to(world.device) if "words" in needs else None
+    objective = Objective(config.objective, samples.tokenizer.vocab_size, bucket_V=buckets)
     publisher = None
     if config.save.trajectory_every:
         publisher = own_trajectory(config, world, folder, model.config, samples.tokenizer)
@@ -133,6 +157,7 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
         samples,
         validation,
         engine,
+        objective,
         micro,
         schedule,
         teacher,

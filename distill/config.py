@@ -14,7 +14,14 @@ from typing import Any
 import yaml
 
 Ramp = float | list[list[float]]
-OBJECTIVES = ("forward_kl", "reverse_kl", "jsd", "tvd", "hard")
+FUSED = ("forward_kl", "reverse_kl", "jsd", "tvd", "hard")  # one of the first four, and hard, in one pass
+TERMS = (
+    "atkd", "rld", "pearson", "spearman", "clkd", "gate", "ada_alpha", "ada_margin", "excess_loss", "cross_head", "ckd",
+    "ckd_hidden", "double", "double_pairs", "double_sampled", "hidden_cosine", "hidden_square", "attention_kl",
+    "curriculum", "dpk", "relations", "contrastive",
+)  # fmt: skip
+# Any number of them; `distill.objectives.terms` holds their functions
+OBJECTIVES = (*FUSED, *TERMS)
 
 
 def _opt(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -120,8 +127,11 @@ class ObjectiveConfig:
 
     weights: dict[str, Ramp] = _opt(
         {},
-        "weight (a ramp) of each: hard, and one of forward_kl, reverse_kl, jsd, tvd; empty: all on forward_kl with a "
-        "teacher, else on hard",
+        "weight (a ramp) of each: hard, one of forward_kl, reverse_kl, jsd, tvd, and any of `distill train "
+        "--help-objectives`; empty: all on forward_kl with a teacher, else on hard",
+    )
+    settings: dict[str, Any] = _opt(
+        {}, "settings of terms by name, as that help lists them, e.g. {atkd: {easy_share: 0.3}}"
     )
     beta: float = _opt(0.5, "jsd: the teacher's share of the mixture, 0 (forward KL) to 1 (reverse KL)")
     temperature: Ramp = _opt(

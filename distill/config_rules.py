@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 
-from distill.config import OBJECTIVES, Config, ObjectiveConfig, Ramp, ScheduleConfig, fields_of
+from distill.config import FUSED, OBJECTIVES, Config, ObjectiveConfig, Ramp, ScheduleConfig, fields_of
+from distill.schedule import ramp_at
 
 SHARES = (
     "data.mask_rate",
@@ -59,6 +60,10 @@ READ_BY = {
 }
 
 
+# Terms that compare rows with each other; alone they don't say what the rows should be.
+COMPARING = {"ckd", "ckd_hidden", "relations"}
+
+
 def check(config: Config) -> list[str]:
     """Every value out of range and every contradiction in `config`, as lines for the user."""
     problems = [
@@ -71,7 +76,7 @@ def check(config: Config) -> list[str]:
             problems.append(message)
     for name, ramp in {**config.objective.weights, "temperature": config.objective.temperature}.items():
         problems += [f"objective {name}: {p}" for p in _ramp_problems(ramp)]
-    return problems
+    return problems or _idle_problems(config.objective)
 
 
 def has_teacher(c: Config) -> bool:
@@ -83,7 +88,7 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
     at = {key: value for key, _, value in fields_of(c)}
     needs_teacher = any(name != "hard" for name in c.objective.weights)
     kind, stage = c.schedule.kind, c.schedule
-    soft = [name for name in c.objective.weights if name in OBJECTIVES and name != "hard"]
+    soft = [name for name in c.objective.weights if name in FUSED and name != "hard"]
     return [
         *[(0 <= at[k] <= 1, f"{k} must lie in 0 to 1, got {at[k]}") for k in SHARES],
         *[(at[k] > 0, f"{k} must be above 0, got {at[k]}") for k in POSITIVE],
@@ -134,6 +139,15 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
         (
             len(soft) <= 1,
             f"objective.weights names {' and '.join(soft)}: one divergence from the teacher at a time, keep one",
+        ),
+        *[
+            (isinstance(given, dict), f"objective.settings.{name} must be {{key: value}}, got {given!r}")
+            for name, given in c.objective.settings.items()
+        ],
+        (
+            not (c.objective.weights.keys() & COMPARING) or bool(c.objective.weights.keys() - COMPARING),
+            f"objective.weights names only {' and '.join(c.objective.weights)}, by which what all rows have in common "
+            "stays open: add an anchor, e.g. forward_kl: 0.5",
         ),
         (
             "jsd" in soft or c.objective.beta == ObjectiveConfig().beta,
@@ -220,6 +234,19 @@ def _ramp_problems(ramp: Ramp) -> list[str]:
     if shares != sorted(shares) or not 0 <= shares[0] <= shares[-1] <= 1:
         return [f"the shares of a ramp must rise within 0 to 1, got {shares}"]
     return [f"must not be negative, got {p[1]}" for p in points if p[1] < 0]
+
+
+def _idle_problems(objective: ObjectiveConfig) -> list[str]:
+    """A part of the budget in which all weights are 0. Between the points of the ramps their sum is linear."""
+    ramps = objective.weights.values()
+    shares = sorted({0.0, 1.0, *(p[0] for ramp in ramps if isinstance(ramp, list) for p in ramp)})
+    sums = [sum(ramp_at(ramp, share) for ramp in ramps) for share in shares]
+    return [
+        f"objective.weights are all 0 from {a:g} to {b:g} of the budget, where nothing would be learnt: "
+        "raise one of them"
+        for a, b, at_a, at_b in zip(shares, shares[1:], sums, sums[1:], strict=False)
+        if at_a == at_b == 0
+    ]
 
 
 def _nearest_of(name: str, names: tuple[str, ...]) -> str:

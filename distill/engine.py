@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from distill.config import Config
 from distill.distributed import World
 from distill.kernels import Divergence, SparseTargets
 from distill.memory import BUCKET
-from distill.models import Inputs, Rows, counted_hidden, final_layer, head_of, work_of
+from distill.models import Inputs, Inside, Rows, counted_hidden, final_layer, head_of, work_of
 from distill.zero_files import KEYS, ZeroFiles
 
 if not torch.cuda.is_available():
@@ -53,17 +53,23 @@ Signal = Rows | SparseTargets  # what the teacher says of the rows that count
 
 
 class Student(nn.Module):
-    """The student as the engine sees it: a micro-batch and what the teacher says in, the objective's sums out."""
+    """The student as the engine sees it: a micro-batch and what the teacher says in, the objective's sums out.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    learned: what an objective learns beside the model, as projections of hidden states. It is optimized and saved
+    with the model, and never exported.
+    """
+
+    def __init__(self, model: PreTrainedModel, learned: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
         self.model, self.last = model, FusedHead()
+        self.learned = nn.ModuleDict(learned)
 
     def forward(
         self, inputs: Inputs, rows_N: Tensor, labels_N: Tensor, teacher: Signal | None, objective: Any
     ) -> Divergence:
-        hidden_ND = counted_hidden(self.model, inputs, rows_N)
-        return self.last(self.model, hidden_ND, labels_N, teacher, objective)
+        hidden_ND, inside = counted_hidden(self.model, inputs, rows_N, objective.needs)
+        around = (rows_N // inputs.input_ids_BL.shape[1], self.learned)
+        return self.last(self.model, hidden_ND, inside, labels_N, teacher, objective, around)
 
 
 class FusedHead(nn.Module):
@@ -81,25 +87,34 @@ class FusedHead(nn.Module):
         self,
         model: PreTrainedModel,
         hidden_ND: Tensor,
+        inside: Inside,
         labels_N: Tensor,
         teacher: Signal | None,
         objective: Any,
+        around: tuple[Tensor, nn.ModuleDict],
     ) -> Divergence:
-        return objective(Rows(hidden_ND, head_of(model)), teacher, labels_N)
+        return objective(Rows(hidden_ND, head_of(model), inside), teacher, labels_N, *around)
 
 
 class Engine:
     """Forward, backward, clip and step of one student, `accumulation` micro-batches a step."""
 
-    def __init__(self, model: PreTrainedModel, config: Config, world: World, accumulation: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: Config,
+        world: World,
+        accumulation: int,
+        learned: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         self.world, self.accumulation = world, accumulation
-        groups = _parameter_groups(model, config.optim.weight_decay)
+        student = Student(model, learned).train()  # a model that was loaded comes in eval mode
+        groups = _parameter_groups(student, config.optim.weight_decay)
         optim = config.optim
         optimizer = torch.optim.AdamW(
             groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
         )
         self.work = work_of(model)  # before ZeRO 3 splits the weights
-        student = Student(model).train()  # a model that was loaded comes in eval mode
         if config.engine.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.engine.compile:
@@ -163,7 +178,7 @@ class Engine:
             self._engine.step()
             return self._engine.get_global_grad_norm()
         # In stage 0 DeepSpeed keeps whole gradients, and tells no norm of them.
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self._engine.step()
         return norm
@@ -344,4 +359,5 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
     else:  # ZeRO 0 keeps the weights whole, with the optimizer beside them
         path = folder / TAG / "mp_rank_00_model_states.pt"
         state = torch.load(path, map_location="cpu", weights_only=True)["module"]
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    prefix = "model."  # what an objective has learnt beside the model stays behind
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from distill.files import write_text
-from distill.kernels import Divergence
 
 log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 SUMS = ("loss", "soft", "soft_ce", "hard", "num_correct", "num_rows")
+TERM = "term_"  # and its name: a term of the objective beside the fused divergence
 # Keys that depend on the clock: two equal runs differ in these alone.
 CLOCK = ("seconds", "tokens_per_second", "mfu", "teacher_share", "stall_seconds")
 
@@ -30,25 +31,34 @@ CLOCK = ("seconds", "tokens_per_second", "mfu", "teacher_share", "stall_seconds"
 def means(sums: dict[str, float]) -> dict[str, float]:
     """Per counted token, in nats: loss (as weighted), soft (the objective's divergence from the teacher), soft_ce, hard.
 
-    accuracy is the share of top-1 hits.
+    accuracy is the share of top-1 hits; term_NAME is any other term of the objective, unweighted.
     """
     rows = max(sums["num_rows"], 1.0)
     named = {key: sums[key] / rows for key in ("loss", "soft", "soft_ce", "hard")}
-    return {**named, "accuracy": sums["num_correct"] / rows}
+    terms = {key: value / rows for key, value in sums.items() if key.startswith(TERM)}
+    return {**named, **terms, "accuracy": sums["num_correct"] / rows}
 
 
 class Sums:
-    """Sums of divergences, kept on the device: reading them each step would make the host wait for a GPU."""
+    """Sums of divergences, kept on the device: reading them each step would make the host wait for a GPU.
 
-    def __init__(self, device: torch.device, start: dict[str, float] | None = None) -> None:
-        values = [(start or {}).get(key, 0.0) for key in SUMS]
+    terms: names of what comes as `terms_K` beside the divergence.
+    """
+
+    def __init__(
+        self, device: torch.device, start: dict[str, float] | None = None, terms: Sequence[str] = ()
+    ) -> None:
+        self._keys = (*SUMS, *(TERM + name for name in terms))
+        values = [(start or {}).get(key, 0.0) for key in self._keys]
         self._total = torch.tensor(values, dtype=torch.float64, device=device)
 
-    def add(self, terms: Divergence) -> None:
-        self._total += torch.stack([getattr(terms, key).detach().double() for key in SUMS])
+    def add(self, sums: Any) -> None:
+        """A Divergence, or the objective's sums that have its fields and `terms_K`."""
+        values = torch.stack([getattr(sums, key).detach().double() for key in SUMS])
+        self._total += torch.cat([values, sums.terms_K]) if len(self._keys) > len(SUMS) else values
 
     def read(self) -> dict[str, float]:
-        return dict(zip(SUMS, self._total.tolist(), strict=False))
+        return dict(zip(self._keys, self._total.tolist(), strict=True))
 
 
 class Stopwatch:

@@ -6,7 +6,7 @@ import copy
 import difflib
 import logging
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,9 @@ TRANSFORMS: dict[str, Callable[[Any], nn.Module]] = {
     "modernbert": lambda model: model.head,
 }
 
+# What of a model's inside can be asked for -> the keyword that `transformers` knows it by.
+OUTPUTS = {"layers": "output_hidden_states", "attentions": "output_attentions"}
+
 # No dropout: pre-training at less than one epoch doesn't overfit, and the teacher's and the student's masks
 # then agree on what is hidden.
 NO_DROPOUT = (
@@ -58,11 +61,23 @@ NO_DROPOUT = (
 )
 
 
+class Inside(NamedTuple):
+    """What a model made on its way to the rows that count; empty where nobody asked.
+
+    layers: hidden_ND after the embeddings and after each layer. attentions: each layer's weights_NHL, row n's query
+    over the L keys of its sequence, for each of H heads.
+    """
+
+    layers: tuple[Tensor, ...] = ()
+    attentions: tuple[Tensor, ...] = ()
+
+
 class Rows(NamedTuple):
     """The rows that count, hidden_ND (N rows, width D), and the head that makes logits_NV of them."""
 
     hidden_ND: Tensor
     head: Head
+    inside: Inside = Inside()
 
 
 class Work(NamedTuple):
@@ -201,6 +216,12 @@ def empty_model(task: str, folder: Path, dtype: torch.dtype, sequence_length: in
     return typing.cast(PreTrainedModel, model)
 
 
+def hidden_width(folder: Path) -> int:
+    """Of the hidden states of a Hugging Face folder's model."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return int(config.hidden_size)
+
+
 def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
     """Name in a checkpoint's files -> name in the model, as transformers maps those of other versions.
 
@@ -243,23 +264,52 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(layer.weight, layer.bias, getattr(model.config, "final_logit_softcapping", None))
 
 
-def counted_hidden(model: PreTrainedModel, inputs: Inputs, rows_N: Tensor) -> Tensor:
+def counted_hidden(
+    model: PreTrainedModel, inputs: Inputs, rows_N: Tensor, needs: Collection[str] = ()
+) -> tuple[Tensor, Inside]:
     """Trunk over the whole batch, then what the final layer reads, [N, D], of the rows that count only.
 
-    rows_N: int64 indices into the flattened [B*L] positions.
+    rows_N: int64 indices into the flattened [B*L] positions. needs: what of the inside comes along, `layers`,
+    `attentions` or both; the latter of a model that `show_attentions` was called on.
     """
-    mask = _masks_by_layer_type(model.config, inputs.attention_mask)
+    mask = inputs.attention_mask
+    if "attentions" in needs and mask is not None:  # plain attention adds its mask
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
     output = model.base_model(
-        input_ids=inputs.input_ids_BL, attention_mask=mask, position_ids=inputs.position_ids_BL
+        input_ids=inputs.input_ids_BL,
+        attention_mask=_masks_by_layer_type(model.config, mask),
+        position_ids=inputs.position_ids_BL,
+        **{OUTPUTS[need]: True for need in needs if need in OUTPUTS},
     )
     hidden_ND = output.last_hidden_state.flatten(0, 1)[rows_N]
+    layers = tuple(h.flatten(0, 1)[rows_N] for h in output.hidden_states) if "layers" in needs else ()
+    attentions = (
+        tuple(a.transpose(1, 2).flatten(0, 1)[rows_N] for a in output.attentions)
+        if "attentions" in needs
+        else ()
+    )
     transform = TRANSFORMS.get(model.config.model_type)
-    return transform(model)(hidden_ND) if transform else hidden_ND
+    return transform(model)(hidden_ND) if transform else hidden_ND, Inside(layers, attentions)
 
 
-def counted_rows(model: PreTrainedModel, inputs: Inputs, rows_N: Tensor) -> Rows:
+def counted_rows(model: PreTrainedModel, inputs: Inputs, rows_N: Tensor, needs: Collection[str] = ()) -> Rows:
     """`counted_hidden` with the head that reads it."""
-    return Rows(counted_hidden(model, inputs, rows_N), head_of(model))
+    hidden_ND, inside = counted_hidden(model, inputs, rows_N, needs)
+    return Rows(hidden_ND, head_of(model), inside)
+
+
+def show_attentions(model: PreTrainedModel) -> None:
+    """Have the model compute attention in the plain way, the only one that keeps its weights; slower.
+
+    Raises:
+        ValueError: layers that slide a window, whose masks plain attention takes in another form.
+    """
+    if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
+        raise ValueError(
+            f"{model.config.model_type} has layers with a sliding window: its attentions can't be matched; "
+            "leave out the objective that needs attentions"
+        )
+    model.set_attn_implementation("eager")
 
 
 def _masks_by_layer_type(config: PretrainedConfig, mask: Tensor | None) -> Tensor | dict[str, Tensor] | None:

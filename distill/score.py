@@ -255,7 +255,7 @@ class Shards:
             keys = zip(epochs, ids, counts_B, strict=True)
             uniform_NS = np.concatenate([uniforms(self.samples.seed, *key, codec.draws) for key in keys])
         try:
-            kept = keep(codec, *said, batch.labels_N, vocab_size, uniform_NS)
+            kept = keep(codec, said.hidden_ND, said.head, batch.labels_N, vocab_size, uniform_NS)
         except ValueError as error:
             where = f"samples {positions_B[0]} to {positions_B[-1]} of the training order"
             raise BadTargets(f"teacher step {step}, {where}: {error}") from error

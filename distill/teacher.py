@@ -14,7 +14,17 @@ from distill.config import Config
 from distill.data import Batch
 from distill.distributed import World
 from distill.engine import own_part, partitioned
-from distill.models import DTYPES, Inputs, Rows, check_split, counted_rows, empty_model
+from distill.models import (
+    DTYPES,
+    Inputs,
+    Rows,
+    check_split,
+    counted_rows,
+    empty_model,
+    hidden_width,
+    show_attentions,
+)
+from distill.objectives.terms import needs_of
 from distill.schedule import Schedule
 from distill.trajectory.manifest import BadTrajectory, Manifest
 from distill.trajectory.stream import CheckpointStream, make_fetcher
@@ -32,6 +42,7 @@ class Teacher:
         self.device = world.device
         self.model: PreTrainedModel | None = None
         self.step: int | None = None
+        self._needs = needs_of(config.objective.weights)
         self._fetcher = make_fetcher(manifest, config.teacher, world)
         self._stream: CheckpointStream | None = None
 
@@ -63,8 +74,15 @@ class Teacher:
                     f"teacher step {step}: {folder} has {model.config.vocab_size} logits, the manifest says "
                     f"{self.manifest.vocab_size}: index the trajectory again"
                 )
+            if "attentions" in self._needs:
+                show_attentions(model)
             self._stream = CheckpointStream(self._fetcher, folder, model, own_part)
             return self._stream
+
+    def width(self, step: int) -> int:
+        """Of the hidden states of the checkpoint of teacher step `step`."""
+        with self._fetcher.at_hand(step) as folder:
+            return hidden_width(folder)
 
     def _empty_model(self, folder: Path) -> PreTrainedModel:
         dtype, task = DTYPES[self.config.teacher.dtype], self.config.data.task
@@ -84,7 +102,7 @@ class Teacher:
     def rows(self, inputs: Inputs, rows_N: torch.Tensor) -> Rows:
         """The teacher's hidden states and head at the rows that count."""
         assert self.model is not None, "use() comes first"
-        return counted_rows(self.model, inputs, rows_N)
+        return counted_rows(self.model, inputs, rows_N, self._needs)
 
     def signal(self, batch: Batch) -> Rows:
         """What the teacher says about this batch."""

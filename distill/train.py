@@ -18,7 +18,7 @@ from distill.data import Batch, train_batches
 from distill.distributed import agree_on_stop, sum_over_ranks
 from distill.evaluate import validate
 from distill.metrics import Log
-from distill.objectives import Objective, make_objective
+from distill.objectives import Objective
 from distill.run_folder import claim, read_result, store_settings, write_result
 from distill.sample_order import key_of
 from distill.schedule import due_after, learning_rate
@@ -51,7 +51,7 @@ def train(config: Config) -> dict[str, Any]:
         found: dict[str, float] = {}
 
         while state.step < config.steps:
-            objective = make_objective(config.objective, state.step / config.steps, run.vocab_size)
+            objective = run.objective.at(state.step / config.steps)
             lr = learning_rate(config.optim, state.step, config.steps)
             with window.clock:
                 window.stall_seconds += run.follow_schedule(state.consumed)

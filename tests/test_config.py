@@ -11,7 +11,7 @@ import pytest
 import yaml
 from tiny import ROOT
 
-from distill.config import OBJECTIVES, Config, fields_of, help_text, to_yaml
+from distill.config import FUSED, Config, fields_of, help_text, to_yaml
 from distill.config_reader import ConfigError, coerce, load_config
 from distill.config_rules import COLDEST_SOFT, check
 from distill.experiments.wiki_books import arms
@@ -31,7 +31,7 @@ teacher.trajectory teacher.targets teacher.dtype teacher.zero_stage teacher.offl
 teacher.unfinished teacher.cache teacher.cache_gb
 schedule.kind schedule.checkpoints schedule.num_stages schedule.stage_steps schedule.early_share
 schedule.stages schedule.speed schedule.patience schedule.min_gain
-objective.weights objective.beta objective.temperature objective.temperature_on objective.temperature_squared
+objective.weights objective.settings objective.beta objective.temperature objective.temperature_on objective.temperature_squared
 objective.chunk_rows objective.kernel
 optim.lr optim.beta1 optim.beta2 optim.eps optim.weight_decay optim.clip optim.warmup_share optim.decay
 optim.decay_share optim.final_lr_share
@@ -191,6 +191,17 @@ def test_key_or_value_that_is_not_understood_is_named(assignment: str, said: str
             "the reverse KL infinite: keep it at 0.0001 or above",
         ),
         (["objective.weights={hrd: 1}"], "objective.weights.hrd is unknown; did you mean hard?"),
+        (["objective.weights={atdk: 1}"], "objective.weights.atdk is unknown; did you mean atkd?"),
+        (["objective.weights={rld: 1}"], "teacher.trajectory is not set"),
+        (["objective.weights={hard: 0}"], "objective.weights are all 0 from 0 to 1 of the budget"),
+        (
+            [
+                "teacher.trajectory=t",
+                "objective.weights={rld: [[0.2, 1], [0.5, 0]], hard: [[0.7, 0], [1, 1]]}",
+            ],
+            "objective.weights are all 0 from 0.5 to 0.7 of the budget",
+        ),
+        (["objective.settings={atkd: 3}"], "objective.settings.atkd must be {key: value}, got 3"),
         (["objective.weights={forward_kl: 1}"], "teacher.trajectory is not set"),
         (["teacher.trajectory=t", "objective.weights={hard: 1}"], "the teacher would run for nothing"),
         (["objective.weights={hard: -1}"], "objective hard: must not be negative, got -1.0"),
@@ -245,11 +256,11 @@ def test_contradiction_is_refused_with_the_value(assignments: list[str], said: s
 
 
 def test_objectives_are_those_of_the_kernels_and_hard_labels() -> None:
-    assert OBJECTIVES == (*KINDS, "hard")
+    assert FUSED == (*KINDS, "hard")
     assert COLDEST_SOFT == ARGMAX_BELOW
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "hard"])
+@pytest.mark.parametrize("name", [name for name in FUSED if name != "hard"])
 def test_every_divergence_can_be_mixed_with_hard_labels(name: str) -> None:
     config = load_config([], [*WITH_TEACHER, f"objective.weights={{{name}: 0.5, hard: 0.5}}"])
     assert config.objective.weights == {name: 0.5, "hard": 0.5}

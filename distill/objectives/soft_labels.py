@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.config import ObjectiveConfig
+from distill.config import FUSED, ObjectiveConfig
 from distill.kernels import Divergence, SparseTargets, linear_divergence, linear_sparse_divergence
 from distill.models import Rows
 from distill.targets.codecs import Codec
@@ -68,7 +68,7 @@ def refuse_unserved(config: ObjectiveConfig, codec: Codec, where: str) -> None:
     """
     if codec.is_exact:
         return
-    kind = soft_kind(config.weights)
+    kind = soft_kind({name: weight for name, weight in config.weights.items() if name in FUSED})
     if kind not in (None, FROM_FEW_CLASSES):
         raise ValueError(
             f"objective.weights names {kind}, which needs the teacher's whole distribution; the targets in {where} are cut "

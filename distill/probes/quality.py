@@ -38,6 +38,17 @@ def bucket_names(vocab_size: int) -> list[str]:
     return [f"{low + 1}-{high}" for low, high in zip(edges, edges[1:], strict=False)]
 
 
+def buckets_of(ranks: Ints) -> Tensor:
+    """int64 [V]: the bucket of `bucket_names` that each token's rank lies in."""
+    ends = [int(name.split("-")[1]) for name in bucket_names(len(ranks))]
+    return torch.from_numpy(np.searchsorted(ends, ranks, side="right"))
+
+
+def word_buckets(samples: Samples) -> Tensor:
+    """int64 [V]: the frequency bucket of each token in `samples`."""
+    return buckets_of(frequency_ranks(samples.reader))
+
+
 class _Sums:
     """Float64 sums over rows: of all, by bin of confidence, by bucket of the label's frequency."""
 
@@ -84,7 +95,7 @@ def measure(
     loss_rank_A-B and accuracy_rank_A-B: the same over labels whose frequency has these ranks.
     """
     names = bucket_names(len(ranks))
-    bucket_of = torch.from_numpy(np.searchsorted([int(n.split("-")[1]) for n in names], ranks, side="right"))
+    bucket_of = buckets_of(ranks)
     sums = _Sums(len(names))
     for batch in validation_batches(samples, limit, micro, 0, 1):
         batch = batch.to(model.device)
