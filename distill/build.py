@@ -18,6 +18,7 @@ from distill.config import Config, ScheduleConfig
 from distill.data import Samples
 from distill.distributed import World, agree_on_stop
 from distill.engine import Engine
+from distill.ensemble import Ensemble
 from distill.evaluate import validation_samples
 from distill.growing import Growing
 from distill.models import (
@@ -33,7 +34,7 @@ from distill.objectives import Objective
 from distill.objectives.terms import check_terms, learned_modules, needs_of
 from distill.probes.quality import word_buckets
 from distill.run_folder import Scheduled, read_schedule, store_schedule
-from distill.schedule import Schedule, follow_student, make_schedule
+from distill.schedule import Schedule, follow_student, make_schedule, together
 from distill.signals import Stopped, stop_signal
 from distill.stored_teacher import StoredTeacher
 from distill.teacher import Teacher
@@ -59,7 +60,7 @@ class Run:
     objective: Objective
     micro: int
     schedule: Schedule | None
-    teacher: Teacher | StoredTeacher | None
+    teacher: Teacher | Ensemble | StoredTeacher | None
     trajectory: Scheduled | None  # that teaches
     growing: Growing | StoredTeacher | None  # the same while its run may not have ended
     publisher: Publisher | None  # of the trajectory that this run leaves
@@ -116,9 +117,8 @@ class Run:
             store_schedule(self.folder, self.schedule, self.trajectory)
 
 
-Taught = tuple[
-    Schedule | None, Teacher | StoredTeacher | None, Scheduled | None, Growing | StoredTeacher | None
-]
+AnyTeacher = Teacher | Ensemble | StoredTeacher
+Taught = tuple[Schedule | None, AnyTeacher | None, Scheduled | None, Growing | StoredTeacher | None]
 
 
 def build_run(config: Config, world: World, folder: Path) -> Run:
@@ -128,7 +128,7 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     micro, accumulation = layout(config, world)
     needs = needs_of(config.objective.weights)
     schedule, teacher, trajectory, growing = make_teacher(config, world, folder, samples)
-    check_terms(config.objective, samples.tokenizer.vocab_size, stored=isinstance(teacher, StoredTeacher))
+    check_terms(config.objective, samples.tokenizer.vocab_size, closed_to_objectives(teacher))
     if schedule and world.is_main:
         log.info("teacher schedule\n%s", schedule.table())
     model = student_model(config, samples)
@@ -192,10 +192,22 @@ def make_teacher(config: Config, world: World, folder: Path, samples: Samples) -
         return None, None, None, None
     trajectory = load_alike(config.teacher.trajectory, world)
     schedule = read_schedule(folder, trajectory) or first_schedule(config, trajectory)
-    refuse_bad_steps(trajectory, (stage.checkpoint for stage in schedule.stages))
-    teacher = Teacher(trajectory, config, samples.tokenizer, samples.sequence_length, world)
+    size, known = config.teacher.ensemble, trajectory.checkpoints
+    teaching = {stage.checkpoint for stage in schedule.stages}
+    refuse_bad_steps(
+        trajectory, teaching if size == 1 else {s for step in teaching for s in together(step, known, size)}
+    )
+    kind = Teacher if size == 1 else Ensemble
+    teacher = kind(trajectory, config, samples.tokenizer, samples.sequence_length, world)
     growing = Growing(trajectory, config.teacher.unfinished, folder, world) if schedule.unsettled else None
     return schedule, teacher, trajectory, growing
+
+
+def closed_to_objectives(teacher: AnyTeacher | None) -> str:
+    """Why no objective can look into the teacher; empty if it can."""
+    if isinstance(teacher, StoredTeacher):
+        return "the targets are stored"
+    return "an ensemble teaches" if isinstance(teacher, Ensemble) else ""
 
 
 def first_schedule(config: Config, trajectory: Manifest) -> Schedule:

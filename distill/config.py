@@ -79,6 +79,16 @@ class TeacherConfig:
     zero_stage: int = _opt(
         0, "0: whole on every rank; 3: its trunk is dealt over the ranks (DeepSpeed ZeRO 3)"
     )
+    ensemble: int = _opt(
+        1,
+        "checkpoints that teach together: the one that the schedule names and those before it, each whole in memory",
+    )
+    pool: str = _opt(
+        "probs",
+        "how an ensemble is one teacher: mean of probabilities, of log-probabilities, or of probabilities weighted by what "
+        "each gives to the label",
+        ("probs", "log_probs", "gold"),
+    )
     offload: bool = _opt(
         False,
         "with zero_stage=3: its trunk stays in pinned host memory, each layer is fetched when a forward comes to it",

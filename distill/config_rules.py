@@ -5,7 +5,16 @@ from __future__ import annotations
 import difflib
 import math
 
-from distill.config import FUSED, OBJECTIVES, Config, ObjectiveConfig, Ramp, ScheduleConfig, fields_of
+from distill.config import (
+    FUSED,
+    OBJECTIVES,
+    Config,
+    ObjectiveConfig,
+    Ramp,
+    ScheduleConfig,
+    TeacherConfig,
+    fields_of,
+)
 from distill.schedule import ramp_at
 
 SHARES = (
@@ -20,6 +29,7 @@ SHARES = (
     "optim.final_lr_share",
 )
 POSITIVE = (
+    "teacher.ensemble",
     "steps",
     "batch_size",
     "data.shuffle_window",
@@ -110,6 +120,20 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             f"engine.zero_stage must be 0, 1, 2 or 3, got {c.engine.zero_stage}",
         ),
         (c.teacher.zero_stage in (0, 3), f"teacher.zero_stage must be 0 or 3, got {c.teacher.zero_stage}"),
+        (
+            c.teacher.ensemble == 1 or c.teacher.unfinished == "refuse",
+            f"teacher.ensemble={c.teacher.ensemble} needs a teacher whose run has ended: set teacher.unfinished=refuse, "
+            f"got {c.teacher.unfinished}",
+        ),
+        (
+            c.teacher.ensemble == 1 or not c.teacher.targets,
+            f"teacher.ensemble={c.teacher.ensemble} is of a live teacher, targets are stored as one said them: "
+            "leave out teacher.targets or the ensemble",
+        ),
+        (
+            c.teacher.ensemble > 1 or c.teacher.pool == TeacherConfig().pool,
+            f"teacher.pool={c.teacher.pool} is read with teacher.ensemble of 2 or more only",
+        ),
         (
             c.data.task == "clm" or not c.data.span_depth,
             f"data.span_depth={c.data.span_depth} is read with data.task=clm only, got data.task={c.data.task}",

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from distill.config import Config
 from distill.distributed import World
+from distill.head import Pooled
 from distill.kernels import Divergence, SparseTargets
 from distill.memory import BUCKET
 from distill.models import Inputs, Inside, Rows, counted_hidden, final_layer, head_of, work_of
@@ -49,7 +50,7 @@ torch.serialization.add_safe_globals([fragment_address, LossScaler, ZeroStageEnu
 
 log = logging.getLogger(__name__)
 TAG = "engine"
-Signal = Rows | SparseTargets  # what the teacher says of the rows that count
+Signal = Rows | Pooled | SparseTargets  # what the teacher says of the rows that count
 
 
 class Student(nn.Module):

@@ -33,15 +33,17 @@ class Head(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """Several models' heads as one whose probabilities are the mean of theirs, a row's weights beside its hidden states.
+    """Several models' heads as one, a row's weights beside its hidden states.
 
     hidden_NE: the members' hidden states side by side, then a column a member, the logarithm of its weight; only
-    their differences within a row matter. Logits are log sum_m w_nm softmax(head_m(hidden_m)).
+    their differences within a row matter. With p_nm = softmax(head_m(hidden_m)) logits are log sum_m w_nm p_nm, the mean
+    of probabilities, or for `of_logs` sum_m w_nm log p_nm, the mean of logarithms (up to a constant a row).
     heads: each of its own width; columns from `vocab_size` on are padding.
     """
 
     heads: tuple[Head, ...]
     vocab_size: int
+    of_logs: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -61,12 +63,22 @@ class Mixture(NamedTuple):
         mixed_NV = None
         for number, (head, hidden_ND) in enumerate(zip(self.heads, hidden, strict=True)):
             logits_NV = head(hidden_ND)[:, : self.vocab_size]
-            mixed_NV = mix(mixed_NV, logits_NV, weights_NM[:, number])
+            mixed_NV = self.mix(mixed_NV, logits_NV, weights_NM[:, number])
         assert mixed_NV is not None, "a mixture has members"
         return mixed_NV
 
+    def mix(self, mixed_NV: Tensor | None, logits_NV: Tensor, log_weight_N: Tensor) -> Tensor:
+        """One member more, in place where `mixed` is there, in the dtype of the weights."""
+        log_p_NV = logits_NV.log_softmax(1, dtype=log_weight_N.dtype)
+        if self.of_logs:
+            log_p_NV.mul_(log_weight_N.exp()[:, None])
+            return log_p_NV if mixed_NV is None else mixed_NV.add_(log_p_NV)
+        log_p_NV.add_(log_weight_N[:, None])
+        return log_p_NV if mixed_NV is None else torch.logaddexp(mixed_NV, log_p_NV, out=mixed_NV)
 
-def mix(mixed_NV: Tensor | None, logits_NV: Tensor, log_weight_N: Tensor) -> Tensor:
-    """log(exp(mixed) + w * softmax(logits)), in place where `mixed` is there, in the dtype of the weights."""
-    log_p_NV = logits_NV.log_softmax(1, dtype=log_weight_N.dtype).add_(log_weight_N[:, None])
-    return log_p_NV if mixed_NV is None else torch.logaddexp(mixed_NV, log_p_NV, out=mixed_NV)
+
+class Pooled(NamedTuple):
+    """What several teachers say together of the rows that count; no single model stands behind it."""
+
+    hidden_ND: Tensor  # as hidden_NE of Mixture
+    head: Mixture

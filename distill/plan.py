@@ -28,7 +28,7 @@ from distill.memory import (
 )
 from distill.metrics import METRICS, read_rows
 from distill.models import AUTO, build_model, flops_per_step, num_parameters, work_of
-from distill.schedule import Schedule, due_after, make_schedule
+from distill.schedule import Schedule, due_after, make_schedule, together
 from distill.trajectory.manifest import NAME, Manifest, load_manifest
 
 
@@ -131,13 +131,14 @@ def make_plan(config: Config, site: Site) -> Plan:
     dtype = config.engine.dtype
     rows = micro * length if config.data.task == "clm" else round(micro * length * config.data.mask_rate)
     passing = (
-        teacher_memory(teacher, config.teacher.dtype),
+        config.teacher.ensemble * teacher_memory(teacher, config.teacher.dtype),
         activation_memory(student, micro, length, dtype),
         logits_memory(student, rows, config.objective.chunk_rows, dtype, teacher is not None),
     )
     share = rows / (micro * length)
     student_flops = flops_per_step(work_of(student), 1, share, length, backward=True)
     teacher_flops = flops_per_step(work_of(teacher), 1, share, length, backward=False) if teacher else 0.0
+    teacher_flops *= config.teacher.ensemble
     numbers = num_parameters(student)
     leaves = sum(due_after(step, config).leave_checkpoint for step in range(1, config.steps + 1))
     return Plan(
@@ -222,7 +223,8 @@ def _teacher(config: Config, site: Site) -> tuple[PreTrainedModel | None, Schedu
     schedule = make_schedule(config.schedule, steps, losses, config.steps, config.batch_size)
     described = _read(site.teacher_config) if site.teacher_config else _config_of(manifest)
     teacher = _shape(config.data.task, described)
-    needed = sorted({stage.checkpoint for stage in schedule.stages})
+    teaching, size = {stage.checkpoint for stage in schedule.stages}, config.teacher.ensemble
+    needed = sorted(teaching if size == 1 else {s for step in teaching for s in together(step, steps, size)})
     return teacher, schedule, {step: _bytes_of(manifest, step, teacher) for step in needed}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -195,6 +195,20 @@ def _speed(checkpoints: list[int], speed: float, steps: int) -> list[tuple[int, 
     # Of checkpoints closer than one student step the later one teaches.
     latest = dict(zip(starts, checkpoints, strict=True))
     return sorted((first, c) for first, c in latest.items() if first < steps)
+
+
+def together(step: int, known: Iterable[int], size: int) -> list[int]:
+    """The teacher steps that teach with `step`, itself included, by slot; of all that are `known`.
+
+    They are the last `size` up to it, the untrained step 0 left out; where there are fewer, the first one stands in
+    for those that lack. A step has the same slot whoever it teaches with, so that it need not be read again.
+    """
+    trained = sorted(k for k in known if k > 0)
+    last = trained.index(step)
+    slots = [step] * size
+    for number in range(last - size + 1, last + 1):
+        slots[number % size] = trained[max(number, 0)]
+    return slots
 
 
 def steepest_checkpoint(losses: Mapping[int, float]) -> int:

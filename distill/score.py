@@ -60,6 +60,10 @@ def score(
     """
     if not config.teacher.trajectory:
         raise ValueError("teacher.trajectory is not set: name the teacher that is to be scored")
+    if config.teacher.ensemble > 1:
+        raise ValueError(
+            f"teacher.ensemble={config.teacher.ensemble}: targets are of one checkpoint a sample, leave it out"
+        )
     quiet_transformers()
     world = distributed.start()
     ranks = Channel(range(world.size), world.rank)

@@ -34,6 +34,7 @@ FLOORS = {
     2: {
         "objectives",
         "teacher",
+        "ensemble",
         "stored_teacher",
         "checkpoint",
         "probes",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill import hardware
-from distill.head import Head, Mixture, mix
+from distill.head import Head, Mixture
 from distill.kernels.picker import Impl, pick
 from distill.kernels.terms import Divergence, SparseTargets, Terms
 from distill.kernels.upstream import scale_
@@ -169,7 +169,7 @@ class _MixedLayers:
         mixed_CV = None
         for number, (member, hidden_CD) in enumerate(zip(self.members, hidden, strict=True)):
             logits_CV = member.logits(hidden_CD.to(member.dtype))[:, : member.weight_VD.shape[0]]
-            mixed_CV = mix(mixed_CV, logits_CV, weights_CM[:, number])
+            mixed_CV = self.mixture.mix(mixed_CV, logits_CV, weights_CM[:, number])
         assert mixed_CV is not None, "a mixture has members"
         logits_CW[:, : mixed_CV.shape[1]] = mixed_CV
         return logits_CW

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import FUSED, ObjectiveConfig
+from distill.head import Pooled
 from distill.kernels import Divergence, SparseTargets
 from distill.models import Rows
 from distill.objectives.seen import Seen
@@ -56,7 +57,7 @@ class Objective:
     def __call__(
         self,
         student: Rows,
-        teacher: Rows | SparseTargets | None,
+        teacher: Rows | Pooled | SparseTargets | None,
         labels_N: Tensor,
         sequence_N: Tensor | None = None,
         learned: Mapping[str, nn.Module] | None = None,

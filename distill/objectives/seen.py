@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distill.head import Head
+from distill.head import Head, Mixture, Pooled
 from distill.kernels import SparseTargets
 from distill.kernels.terms import gold_as_entry
 from distill.models import Rows
@@ -35,7 +35,7 @@ class Seen:
     """
 
     student: Rows
-    teacher: Rows | SparseTargets | None
+    teacher: Rows | Pooled | SparseTargets | None
     labels_N: Tensor
     sequence_N: Tensor
     vocab_size: int
@@ -57,7 +57,7 @@ class Seen:
         """The teacher's rows. Raises ValueError where its targets are stored: they hold no hidden states."""
         if not isinstance(self.teacher, Rows):
             raise ValueError(
-                "this term reads the hidden states of a live teacher, and the targets are stored"
+                "this term reads the hidden states of one live teacher, which stored targets and ensembles don't have"
             )
         return self.teacher
 
@@ -156,7 +156,7 @@ class Said(NamedTuple):
 def teacher_buckets(seen: Seen, rows_C: Tensor) -> Said:
     """What the teacher says of some rows."""
     labels_C = seen.labels_N[rows_C]
-    if isinstance(seen.teacher, Rows):
+    if isinstance(seen.teacher, (Rows, Pooled)):
         hidden_CD, head = seen.teacher.hidden_ND[rows_C], seen.teacher.head
         return Said(log_probabilities(hidden_CD, head, seen.vocab_size), labels_C, None)
     assert seen.teacher is not None, "no term is without a teacher"
@@ -178,7 +178,7 @@ def teacher_buckets(seen: Seen, rows_C: Tensor) -> Said:
     return Said(said_CK, (ids_CK == labels_C[:, None]).long().argmax(1), ids_CK)
 
 
-def log_probabilities(hidden_CD: Tensor, head: Head, vocab_size: int) -> Tensor:
+def log_probabilities(hidden_CD: Tensor, head: Head | Mixture, vocab_size: int) -> Tensor:
     """[C, V] in float32, float64 of float64 hidden states; entries of padding are left out."""
     logits_CV = head(hidden_CD)[:, :vocab_size]
     return logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)).log_softmax(1)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from distill.config import FUSED, ObjectiveConfig
+from distill.head import Pooled
 from distill.kernels import Divergence, SparseTargets, linear_divergence, linear_sparse_divergence
 from distill.models import Rows
 from distill.targets.codecs import Codec
@@ -18,7 +19,7 @@ FROM_FEW_CLASSES = "forward_kl"  # the one divergence that targets cut to few cl
 
 def soft_and_hard_labels(
     student: Rows,
-    teacher: Rows | SparseTargets | None,
+    teacher: Rows | Pooled | SparseTargets | None,
     labels_N: Tensor,
     config: ObjectiveConfig,
     weights: Mapping[str, float],

@@ -144,8 +144,10 @@ def settings_of(function: Callable[..., Tensor]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def check_terms(config: ObjectiveConfig, vocab_size: int, stored: bool = False) -> None:
-    """Refuse what the vocabulary or the kind of targets does not allow. stored: there is no live teacher.
+def check_terms(config: ObjectiveConfig, vocab_size: int, closed: str = "") -> None:
+    """Refuse what the vocabulary or the kind of teacher does not allow.
+
+    closed: why there is no single live teacher to look into, if so.
 
     Raises:
         ValueError: every problem: settings of a term that is not named, unknown ones (with the nearest name) or
@@ -155,10 +157,10 @@ def check_terms(config: ObjectiveConfig, vocab_size: int, stored: bool = False) 
     for name, given in config.settings.items():
         problems += _problems_of(name, given, config, vocab_size)
     for name in config.weights:
-        if stored and name in TERMS and not TERMS[name].stored:
+        if closed and name in TERMS and not TERMS[name].stored:
             served = ", ".join(other for other, term in TERMS.items() if term.stored)
             problems.append(
-                f"objective.weights.{name} needs a live teacher, and the targets are stored: set teacher.trajectory, "
+                f"objective.weights.{name} looks into one live teacher, and {closed}: set teacher.trajectory alone, "
                 f"or choose among {served}"
             )
     if problems:
