@@ -13,7 +13,7 @@ from data_prep.shards import TokenizerInfo
 from distill.config import Config
 from distill.distributed import World
 from distill.engine import own_part, partitioned
-from distill.models import DTYPES, Inputs, Rows, check_split, counted_rows, empty_model
+from distill.models import DTYPES, Inputs, Rows, Work, check_split, counted_rows, empty_model, work_of
 from distill.schedule import Schedule
 from distill.trajectory.manifest import BadTrajectory, Manifest
 from distill.trajectory.stream import CheckpointStream, make_fetcher
@@ -31,6 +31,7 @@ class Teacher:
         self.device = world.device
         self.model: PreTrainedModel | None = None
         self.step: int | None = None
+        self.work: Work | None = None  # of one forward
         self._fetcher = make_fetcher(manifest, config.teacher, world)
         self._stream: CheckpointStream | None = None
 
@@ -50,6 +51,16 @@ class Teacher:
             stream.prefetch(upcoming[0], upcoming[1:])
         return time.perf_counter() - start
 
+    @property
+    def swap_seconds(self) -> float:
+        """Since the start, of `use`'s seconds: for copies into the model."""
+        return self._stream.swap_seconds if self._stream else 0.0
+
+    @property
+    def bytes_read(self) -> int:
+        """Since the start, from storage by this node, as its first rank knows."""
+        return self._fetcher.bytes_read
+
     def _build(self, step: int) -> CheckpointStream:
         """Make the model that this checkpoint's config describes, and the stream of weights into it."""
         with self._fetcher.at_hand(step) as folder:
@@ -61,6 +72,10 @@ class Teacher:
                 raise BadTrajectory(
                     f"teacher step {step}: {folder} has {model.config.vocab_size} logits, the manifest says "
                     f"{self.manifest.vocab_size}: index the trajectory again"
+                )
+            with torch.device("meta"):  # whole, also where ZeRO 3 deals the model
+                self.work = work_of(
+                    empty_model(self.config.data.task, folder, model.dtype, self.sequence_length)
                 )
             self._stream = CheckpointStream(self._fetcher, folder, model, own_part)
             return self._stream
