@@ -10,8 +10,8 @@ import torch
 from distill.build import Run
 from distill.checkpoint import TrainState
 from distill.config import Config
-from distill.distributed import sum_over_ranks
-from distill.metrics import Stopwatch, Sums, means, peak_flops
+from distill.distributed import gather_from_ranks, sum_over_ranks
+from distill.metrics import Stopwatch, Sums, means, memory_peak, peak_flops
 from distill.models import DTYPES, flops_per_step
 from distill.objectives import term_names, weights_at
 from distill.schedule import ramp_at
@@ -35,7 +35,10 @@ class Window:
     """Sums and clocks since the last row of metrics.
 
     `clock` runs in steps alone, waits for a teacher included, not in validations, saves and exports. Of these
-    seconds mfu counts the student's floating-point operations only: what the teacher takes lowers it.
+    seconds mfu counts the student's floating-point operations only: what the teacher takes lowers it; mfu_with_teacher
+    counts the teacher's too. stall_seconds wait for a teacher, and swap_seconds of them for copies into its model.
+    `own_clock` and `teacher_clock` run where a rank waits for no other (but in ZeRO 3): for its batches and in forward.
+    slowest_rank is the most that a rank needed for these over the mean: 1 where all are alike.
     """
 
     def __init__(self, run: Run, state: TrainState) -> None:
@@ -48,8 +51,14 @@ class Window:
         self._restart_clocks()
 
     def _restart_clocks(self) -> None:
-        self.clock, self.teacher_clock = (Stopwatch(self.run.world.device) for _ in range(2))
+        self.clock, self.teacher_clock, self.own_clock = (Stopwatch(self.run.world.device) for _ in range(3))
         self.stall_seconds = 0.0
+        self._before = self._counted()
+
+    def _counted(self) -> tuple[float, float]:
+        """(seconds of swaps, bytes read from storage) since the run's start."""
+        teacher = self.run.teacher
+        return (teacher.swap_seconds, float(teacher.bytes_read)) if teacher else (0.0, 0.0)
 
     def _total(self) -> dict[str, float]:
         local = self.sums.read()
@@ -69,6 +78,11 @@ class Window:
         config, share = self.run.config, (state.step - 1) / self.run.config.steps
         total = self._total()  # on a GPU this waits for the step to end
         seconds, teacher_seconds = self.clock.take(), self.teacher_clock.take()
+        swap_seconds, num_bytes = (
+            now - before for now, before in zip(self._counted(), self._before, strict=True)
+        )
+        of_rank = [teacher_seconds + self.own_clock.take(), num_bytes, memory_peak(self.run.world.device)]
+        own, read, peak = zip(*gather_from_ranks(of_rank, self.run.world), strict=True)
         values: dict[str, Any] = {
             "samples": state.consumed,
             **means(total),
@@ -80,19 +94,21 @@ class Window:
             values["teacher_step"] = self.run.schedule.checkpoint_at(state.consumed - config.batch_size)
             values["temperature"] = ramp_at(config.objective.temperature, share)
         values |= {f"weight_{name}": weight for name, weight in weights_at(config.objective, share).items()}
-        flops = flops_per_step(
-            self.run.engine.work,
-            int(self.tokens),
-            total["num_rows"],
-            self.run.samples.sequence_length,
-            backward=True,
-        )
+        met = (int(self.tokens), total["num_rows"], self.run.samples.sequence_length)
+        flops = flops_per_step(self.run.engine.work, *met, backward=True)
+        taught = self.run.teacher.work if self.run.teacher else None
+        teacher_flops = flops_per_step(taught, *met, backward=False) if taught else 0.0
         values |= {
             "seconds": seconds,
             "tokens_per_second": self.tokens / seconds,
             "mfu": flops / seconds / self.peak,
+            "mfu_with_teacher": (flops + teacher_flops) / seconds / self.peak,
             "teacher_share": teacher_seconds / seconds,
             "stall_seconds": self.stall_seconds,
+            "swap_seconds": swap_seconds,
+            "slowest_rank": max(own) * len(own) / sum(own) if sum(own) else 1.0,
+            "storage_mb_per_node": max(read) / 1e6,
+            "memory_peak_gib": max(peak),
         }
         self.sums, self.tokens = Sums(self.run.world.device, terms=self._terms), 0.0
         self._restart_clocks()

@@ -138,6 +138,16 @@ def sum_over_ranks(values: list[float], world: World) -> list[float]:
     return total.tolist()
 
 
+def gather_from_ranks(values: list[float], world: World) -> list[list[float]]:
+    """The values of every rank, by rank. One collective."""
+    if world.size == 1:
+        return [values]
+    own = torch.tensor(values, dtype=torch.float64, device=world.device)
+    all_ranks = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(all_ranks, own)
+    return [of_rank.tolist() for of_rank in all_ranks]
+
+
 def agree_on_stop(signal_number: int, world: World) -> int:
     """The highest signal number that any rank has received, 0 if none has.
 

@@ -12,7 +12,7 @@ from distill.config import Config
 from distill.data import Batch
 from distill.distributed import World
 from distill.head import Mixture, Pooled
-from distill.models import Rows
+from distill.models import Rows, Work
 from distill.schedule import Schedule, together
 from distill.teacher import Teacher
 from distill.trajectory.manifest import Manifest
@@ -47,6 +47,20 @@ class Ensemble:
             member.use(step, [then[slot] for then in later if then[slot] != step])
             for slot, (member, step) in enumerate(zip(self.members, now, strict=True))
         )
+
+    @property
+    def swap_seconds(self) -> float:
+        return sum(member.swap_seconds for member in self.members)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(member.bytes_read for member in self.members)
+
+    @property
+    def work(self) -> Work:
+        """Of one forward of all members."""
+        of_each = [member.work for member in self.members if member.work]
+        return Work(*(sum(numbers) for numbers in zip(*of_each, strict=True)))
 
     def signal(self, batch: Batch) -> Pooled:
         """What they say together about this batch."""

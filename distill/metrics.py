@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -24,8 +25,19 @@ log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 SUMS = ("loss", "soft", "soft_ce", "hard", "num_correct", "num_rows")
 TERM = "term_"  # and its name: a term of the objective beside the fused divergence
-# Keys that depend on the clock: two equal runs differ in these alone.
-CLOCK = ("seconds", "tokens_per_second", "mfu", "teacher_share", "stall_seconds")
+# Keys that depend on the clock and the machines: two equal runs differ in these alone.
+CLOCK = (
+    "seconds",
+    "tokens_per_second",
+    "mfu",
+    "mfu_with_teacher",
+    "teacher_share",
+    "stall_seconds",
+    "swap_seconds",
+    "slowest_rank",
+    "storage_mb_per_node",
+    "memory_peak_gib",
+)
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
@@ -89,6 +101,13 @@ class Stopwatch:
             self._seconds += start.elapsed_time(end) / 1000
         seconds, self._seconds, self._events = self._seconds, 0.0, []
         return seconds
+
+
+def memory_peak(device: torch.device) -> float:
+    """Most GiB that this rank has held: of the GPU's memory by its tensors, on CPU of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Log:

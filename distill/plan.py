@@ -22,6 +22,7 @@ from distill.memory import (
     BYTES,
     RankMemory,
     activation_memory,
+    host_memory,
     logits_memory,
     student_memory,
     teacher_memory,
@@ -67,6 +68,7 @@ class Plan:
     teacher_parameters: int
     micro_batch_size: int
     memory: dict[int, RankMemory]  # by ZeRO stage
+    host_bytes: int  # of a rank's offloaded optimizer
     schedule: Schedule | None
     checkpoint_bytes: dict[int, int]  # of the teacher steps that teach
     shard_bytes: int  # 0: still to be made
@@ -130,16 +132,18 @@ def make_plan(config: Config, site: Site) -> Plan:
     micro = _micro_batch_size(config, site)
     dtype = config.engine.dtype
     rows = micro * length if config.data.task == "clm" else round(micro * length * config.data.mask_rate)
+    taught = config.teacher
     passing = (
-        config.teacher.ensemble * teacher_memory(teacher, config.teacher.dtype),
-        activation_memory(student, micro, length, dtype),
+        taught.ensemble
+        * teacher_memory(teacher, taught.dtype, site.ranks, taught.zero_stage, taught.offload),
+        activation_memory(student, micro, length, dtype, config.engine.activation_checkpointing),
         logits_memory(student, rows, config.objective.chunk_rows, dtype, teacher is not None),
     )
     share = rows / (micro * length)
     student_flops = flops_per_step(work_of(student), 1, share, length, backward=True)
     teacher_flops = flops_per_step(work_of(teacher), 1, share, length, backward=False) if teacher else 0.0
-    teacher_flops *= config.teacher.ensemble
-    numbers = num_parameters(student)
+    teacher_flops *= taught.ensemble
+    numbers, offload = num_parameters(student), config.engine.offload_optimizer
     leaves = sum(due_after(step, config).leave_checkpoint for step in range(1, config.steps + 1))
     return Plan(
         config=config,
@@ -148,7 +152,11 @@ def make_plan(config: Config, site: Site) -> Plan:
         student_parameters=numbers,
         teacher_parameters=num_parameters(teacher) if teacher else 0,
         micro_batch_size=micro,
-        memory={s: _with(student_memory(student, s, dtype, site.ranks), *passing) for s in range(4)},
+        memory={
+            s: _with(student_memory(student, s, dtype, site.ranks, offload=offload), *passing)
+            for s in range(4)
+        },
+        host_bytes=host_memory(student, site.ranks) if offload else 0,
         schedule=schedule,
         checkpoint_bytes=checkpoint_bytes,
         shard_bytes=shard_bytes,

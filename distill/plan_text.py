@@ -22,7 +22,9 @@ def _budget(plan: Plan) -> Iterator[str]:
     config, site = plan.config, plan.site
     yield f"student   {plan.student_parameters / 1e6:,.1f} M parameters, {config.engine.dtype}"
     if plan.teacher_parameters:
-        yield f"teacher   {plan.teacher_parameters / 1e6:,.1f} M parameters, {config.teacher.dtype}, whole on every rank"
+        dealt = "dealt over the ranks" + (", in host memory" if config.teacher.offload else "")
+        where = dealt if config.teacher.zero_stage == 3 else "whole on every rank"
+        yield f"teacher   {plan.teacher_parameters / 1e6:,.1f} M parameters, {config.teacher.dtype}, {where}"
     yield (
         f"budget    {config.steps:,} steps x {config.batch_size:,} sequences x {plan.sequence_length:,} tokens "
         f"= {plan.tokens / 1e9:,.2f} G tokens"
@@ -45,6 +47,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"  {'total':<22}" + "".join(f"{plan.memory[s].total / GIB:>10.2f}" for s in stages)
     verdicts = ["fits" if plan.fits(s) else "too much" for s in stages]
     yield f"  {f'of {plan.site.memory_gib:g} GiB':<22}" + "".join(f"{v:>10}" for v in verdicts)
+    if plan.host_bytes:
+        yield f"host memory of a rank: {plan.host_bytes / GIB:,.2f} GiB of optimizer (not in ZeRO 0)"
     yield f"this run: ZeRO {plan.config.engine.zero_stage}; ZeRO 0 is fp32 whatever engine.dtype says"
 
 

@@ -23,7 +23,12 @@ WAIT_SECONDS = 2.0  # between looks at targets that are being scored
 
 
 class StoredTeacher:
-    """The targets in `config.teacher.targets`, for every sample of the run those of the checkpoint that it names."""
+    """The targets in `config.teacher.targets`, for every sample of the run those of the checkpoint that it names.
+
+    No model is swapped, fetched or asked: what accounting counts of a live teacher is 0 here.
+    """
+
+    swap_seconds, bytes_read, work = 0.0, 0, None
 
     def __init__(self, config: Config, samples: Samples, world: World) -> None:
         """Has `samples` read the targets with each batch.

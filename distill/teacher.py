@@ -18,11 +18,13 @@ from distill.models import (
     DTYPES,
     Inputs,
     Rows,
+    Work,
     check_split,
     counted_rows,
     empty_model,
     hidden_width,
     show_attentions,
+    work_of,
 )
 from distill.objectives.terms import needs_of
 from distill.schedule import Schedule
@@ -43,6 +45,7 @@ class Teacher:
         self.model: PreTrainedModel | None = None
         self.step: int | None = None
         self._needs = needs_of(config.objective.weights)
+        self.work: Work | None = None  # of one forward
         self._fetcher = make_fetcher(manifest, config.teacher, world)
         self._stream: CheckpointStream | None = None
 
@@ -62,6 +65,16 @@ class Teacher:
             stream.prefetch(upcoming[0], upcoming[1:])
         return time.perf_counter() - start
 
+    @property
+    def swap_seconds(self) -> float:
+        """Since the start, of `use`'s seconds: for copies into the model."""
+        return self._stream.swap_seconds if self._stream else 0.0
+
+    @property
+    def bytes_read(self) -> int:
+        """Since the start, from storage by this node, as its first rank knows."""
+        return self._fetcher.bytes_read
+
     def _build(self, step: int) -> CheckpointStream:
         """Make the model that this checkpoint's config describes, and the stream of weights into it."""
         with self._fetcher.at_hand(step) as folder:
@@ -76,6 +89,10 @@ class Teacher:
                 )
             if "attentions" in self._needs:
                 show_attentions(model)
+            with torch.device("meta"):  # whole, also where ZeRO 3 deals the model
+                self.work = work_of(
+                    empty_model(self.config.data.task, folder, model.dtype, self.sequence_length)
+                )
             self._stream = CheckpointStream(self._fetcher, folder, model, own_part)
             return self._stream
 

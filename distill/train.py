@@ -93,7 +93,8 @@ def train_step(
     """One optimizer step on this rank's micro-batches. Returns the norm of the gradient before clipping."""
     # Dropout, if any, is the same after a resume.
     torch.manual_seed(int(key_of(run.config.seed, state.step, run.world.rank)) >> 1)
-    micro_batches = list(islice(batches, run.engine.accumulation))
+    with window.own_clock:
+        micro_batches = list(islice(batches, run.engine.accumulation))
     num_rows, num_tokens = (
         sum(len(b.rows_N) for b in micro_batches),
         sum(b.num_tokens for b in micro_batches),
@@ -106,7 +107,8 @@ def train_step(
         if run.teacher:
             with window.teacher_clock:
                 said = run.teacher.signal(batch)
-        sums = run.engine.forward(batch.inputs, batch.rows_N, batch.labels_N, said, objective)
+        with window.own_clock:
+            sums = run.engine.forward(batch.inputs, batch.rows_N, batch.labels_N, said, objective)
         run.engine.backward(sums.loss, max(global_rows, 1.0))
         window.sums.add(sums)
     return run.engine.step(lr)

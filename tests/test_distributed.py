@@ -10,8 +10,10 @@ import torch
 from distill.distributed import (
     World,
     agree_on_stop,
+    any_text,
     barrier,
     from_main,
+    gather_from_ranks,
     meeting_place,
     ranks_from_environment,
     start,
@@ -139,5 +141,7 @@ def test_alone_nothing_is_sent() -> None:
     assert sum_over_ranks([1.5, 2.0], ALONE) == [1.5, 2.0]
     assert agree_on_stop(15, ALONE) == 15
     assert from_main(7, ALONE) == 7
+    assert gather_from_ranks([1.5, 2.0], ALONE) == [[1.5, 2.0]]
+    assert any_text("a fault", ALONE) == "a fault"
     barrier(ALONE)
     assert ALONE.is_main and not World(1, 2, 1, ALONE.device).is_main

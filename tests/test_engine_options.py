@@ -98,6 +98,14 @@ def test_clipped_steps_with_the_optimizer_offloaded_are_as_close_as_the_norm_is_
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-6)
 
 
+def test_model_that_was_loaded_has_its_dropout_from_the_first_step_on(
+    shards: Path, teacher_run: Path, tmp_path: Path
+) -> None:
+    """transformers loads models in eval mode; a run that goes on must not differ from one that has validated."""
+    engine = engine_of(shards, tmp_path, 1, "fp32", model__init_from=str(teacher_run / "model"))
+    assert all(module.training for module in engine.student.modules())
+
+
 def test_layers_computed_again_keep_less_for_the_backward(shards: Path, tmp_path: Path) -> None:
     def peak(option: dict[str, Any]) -> int:
         keys = {**sizes("bert"), **option}

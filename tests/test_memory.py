@@ -14,7 +14,14 @@ from tiny import ROOT, free_port
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill.memory import PERSISTENT, activation_memory, logits_memory, student_memory, teacher_memory
+from distill.memory import (
+    PERSISTENT,
+    activation_memory,
+    host_memory,
+    logits_memory,
+    student_memory,
+    teacher_memory,
+)
 from distill.models import build_model, num_parameters
 
 
@@ -67,6 +74,35 @@ def test_small_weights_stay_whole_in_stage_3() -> None:
 def test_teacher_costs_its_weights_alone() -> None:
     assert teacher_memory(model(), "bf16") == 2 * num_parameters(model())
     assert teacher_memory(None, "bf16") == 0
+
+
+def test_teacher_that_is_dealt_costs_its_part_its_head_and_what_is_gathered() -> None:
+    teacher = model()
+    numbers, trunk = num_parameters(teacher), num_parameters(teacher.base_model)
+    head = numbers - trunk  # the two embeddings are not tied
+    assert head == memory_peak.VOCABULARY * memory_peak.WIDTH
+    assert teacher_memory(teacher, "bf16", 4, stage=3) == 2 * (
+        head + trunk + -(-trunk // 4)
+    )  # smaller than a fetch
+    assert teacher_memory(teacher, "bf16", 4, stage=3, offload=True) == 2 * (head + trunk)
+
+
+def test_offloaded_optimizer_is_the_hosts() -> None:
+    student = model()
+    for stage in (1, 2, 3):
+        here, moved = (
+            student_memory(student, stage, "bf16", 8, offload=offload) for offload in (False, True)
+        )
+        assert moved.optimizer == 0
+        assert here.total - moved.total == here.optimizer
+    assert host_memory(student, 8) == 16 * -(-num_parameters(student) // 8)
+
+
+def test_layers_computed_again_keep_their_input_and_one_layer_whole() -> None:
+    whole, again = (
+        activation_memory(model(), 8, 16, "bf16", checkpointing) for checkpointing in (False, True)
+    )
+    assert again * memory_peak.LAYERS * 17 == whole * (memory_peak.LAYERS + 17)
 
 
 def test_passing_memory_follows_the_micro_batch_and_the_chunk() -> None:

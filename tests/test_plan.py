@@ -52,6 +52,21 @@ def test_shards_that_are_there_are_counted_and_tell_vocabulary_and_length(plan: 
     assert plan.tokens == 12 * 8 * LENGTH
 
 
+def test_options_that_save_memory_are_planned_for(shards: Path, teacher_run: Path, tmp_path: Path) -> None:
+    taught = {**STUDENT, "teacher__trajectory": str(teacher_run / "trajectory")}
+    saving = {"engine__offload_optimizer": True, "engine__activation_checkpointing": True}
+    saving |= {"teacher__zero_stage": 3, "teacher__offload": True}
+    plain, less = (
+        make_plan(config(shards, tmp_path / "run", **taught, **more), ONE) for more in ({}, saving)
+    )
+    assert less.memory[1].optimizer == 0 < plain.memory[1].optimizer
+    assert less.host_bytes == 16 * less.student_parameters
+    assert less.memory[1].activations < plain.memory[1].activations
+    said = plan_text(less)
+    assert "host memory of a rank" in said and "dealt over the ranks, in host memory" in said
+    assert "host memory" not in plan_text(plain)
+
+
 def test_memory_decides_what_fits(plan: Plan) -> None:
     total = plan.memory[1].total
     tight = dataclasses.replace(plan, site=Site(memory_gib=total / 2**30))

@@ -82,6 +82,11 @@ def test_rows_come_when_they_are_due_and_say_all_keys(
     assert train["samples"] == 24
     assert all(train[key] >= 0 for key in CLOCK)
     assert 0 <= train["teacher_share"] <= 1
+    assert (
+        0 < train["mfu"] < train["mfu_with_teacher"] < 1.34 * train["mfu"]
+    )  # its forward, of a model as large
+    assert 0 < train["swap_seconds"] <= train["stall_seconds"]
+    assert train["slowest_rank"] == 1.0  # of one
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
@@ -110,6 +115,27 @@ def test_seconds_of_a_row_are_those_of_its_steps_without_validations_and_saves(
     found = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
     assert [row["seconds"] for row in found] == [6.0, 6.0]
     assert found[1]["tokens_per_second"] == pytest.approx(3 * 8 * LENGTH / 6.0, rel=0.1)
+
+
+@pytest.mark.filterwarnings("ignore")  # of DeepSpeed and torch, about each other
+def test_row_tells_the_slowest_rank_the_node_that_read_most_and_the_fullest(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own: list[list[float]] = []
+
+    def of_four_ranks(values: list[float], world: World) -> list[list[float]]:
+        own.append(values)
+        return [[1.0, 0.0, 5.0], [3.0, 2e6, 4.0], [1.0, 1e6, 4.0], [1.0, 0.0, 4.0]]
+
+    monkeypatch.setattr("distill.accounting.gather_from_ranks", of_four_ranks)
+    loop.train(config(shards, tmp_path / "run", steps=3))
+    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
+    assert (row["slowest_rank"], row["storage_mb_per_node"], row["memory_peak_gib"]) == (2.0, 2.0, 5.0)
+    assert row["mfu_with_teacher"] == row["mfu"]
+    ((seconds, num_bytes, gib),) = own
+    assert 0 < seconds < row["seconds"]
+    assert num_bytes == 0
+    assert 0.1 < gib < 64  # of this process
 
 
 @pytest.mark.filterwarnings("ignore")  # of DeepSpeed and torch, about each other

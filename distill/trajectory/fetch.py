@@ -34,6 +34,7 @@ class Fetcher:
     def __init__(self, manifest: Manifest, nodes: Nodes, cache: Cache, in_place: bool) -> None:
         """in_place: files in a local folder are read where they lie."""
         self.manifest, self.nodes, self.cache, self.in_place = manifest, nodes, cache, in_place
+        self.bytes_read = 0  # from storage by this node; its first rank counts
         self.stopping = threading.Event()  # makes a fetch under way raise Cancelled
         self._verified: set[str] = set()
 
@@ -96,6 +97,7 @@ class Fetcher:
         except BaseException:
             folder.release() if held else folder.discard()
             raise
+        self.bytes_read += store.bytes_read - before
         log.info(
             "teacher step %d: %.3f MB fetched in %.1f s, %.3f MB of it by this node from storage",
             step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +40,9 @@ class CheckpointStream:
     def __init__(self, fetcher: Fetcher, first: Path, model: PreTrainedModel, own_part: OwnPart) -> None:
         """first: folder with the config.json that the model was built by; own_part: see `Staged`."""
         self.fetcher, self._staged = fetcher, Staged(model, own_part)
+        self.swap_seconds = (
+            0.0  # that the steps waited for copies into the model, of teachers that were at hand
+        )
         self._config = _what_it_computes(first)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-teacher")
         self._pending: tuple[int, Future[None]] | None = None  # what the copy holds, or will
@@ -61,7 +65,9 @@ class CheckpointStream:
         self.prefetch(step)
         assert self._pending is not None
         self._pending[1].result()
+        start = time.perf_counter()
         self._staged.swap_in()
+        self.swap_seconds += time.perf_counter() - start
 
     def close(self) -> None:
         """Leave, giving up what is under way."""
