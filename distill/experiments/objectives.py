@@ -62,6 +62,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "dpk": {"forward_kl": 0.9, "dpk": 0.1},
     "relations": {"forward_kl": 0.9, "relations": 0.1},
     "contrastive": {"forward_kl": 0.9, "contrastive": 0.1},
+    "mixkd": {"forward_kl": 0.5, "mixkd": 0.5},
 }
 COLUMNS = {
     "hard": "validation loss",
