@@ -27,6 +27,7 @@ from distill.models import (
     check_split,
     load_model,
     num_parameters,
+    pick_layers,
     quiet_transformers,
     show_attentions,
 )
@@ -260,6 +261,8 @@ def student_model(config: Config, samples: Samples) -> PreTrainedModel:
         model = load_model(
             config.data.task, Path(config.model.init_from), torch.float32, samples.sequence_length
         )
+        if config.model.init_layers:
+            model = pick_layers(config.data.task, model, config.model.init_layers)
     else:
         begin, end = tokenizer.bos_id, tokenizer.eos_id
         specials = {

@@ -18,7 +18,7 @@ FUSED = ("forward_kl", "reverse_kl", "jsd", "tvd", "hard")  # one of the first f
 TERMS = (
     "atkd", "rld", "pearson", "spearman", "clkd", "gate", "ada_alpha", "ada_margin", "excess_loss", "cross_head", "ckd",
     "ckd_hidden", "double", "double_pairs", "double_sampled", "hidden_cosine", "hidden_square", "attention_kl",
-    "curriculum", "dpk", "relations", "contrastive",
+    "curriculum", "dpk", "relations", "contrastive", "mixkd",
 )  # fmt: skip
 # Any number of them; `distill.objectives.terms` holds their functions
 OBJECTIVES = (*FUSED, *TERMS)
@@ -59,6 +59,9 @@ class ModelConfig:
     architecture: str = _opt("bert", "transformers model type: bert (MLM), gpt2, gpt_neox, llama (CLM)")
     overrides: dict[str, Any] = _opt({}, "keys of that transformers config, e.g. {hidden_size: 256}")
     init_from: str = _opt("", "folder with weights to start from; empty: random weights from the seed")
+    init_layers: list[int] = _opt(
+        [], "layers of init_from, from 0, that the model starts with, e.g. [0, 2, 4] of a teacher; empty: all"
+    )
 
 
 @dataclass

@@ -219,6 +219,10 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             f"set model.overrides={{}}, got {c.model.overrides}",
         ),
         (
+            bool(c.model.init_from) or not c.model.init_layers,
+            f"model.init_layers={c.model.init_layers} are layers of model.init_from, which is not set",
+        ),
+        (
             c.optim.decay != "wsd" or c.optim.warmup_share + c.optim.decay_share <= 1,
             "optim.warmup_share + optim.decay_share must not pass 1 with decay=wsd, got "
             f"{c.optim.warmup_share} + {c.optim.decay_share}",

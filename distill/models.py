@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import re
 import typing
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,11 +67,13 @@ class Inside(NamedTuple):
     """What a model made on its way to the rows that count; empty where nobody asked.
 
     layers: hidden_ND after the embeddings and after each layer. attentions: each layer's weights_NHL, row n's query
-    over the L keys of its sequence, for each of H heads.
+    over the L keys of its sequence, for each of H heads. mixed_ND: what the head reads of a second run, on the inputs
+    of `mixed_embeddings`.
     """
 
     layers: tuple[Tensor, ...] = ()
     attentions: tuple[Tensor, ...] = ()
+    mixed_ND: Tensor | None = None
 
 
 class Rows(NamedTuple):
@@ -196,6 +200,43 @@ def load_model(task: str, folder: Path, dtype: torch.dtype, sequence_length: int
     return typing.cast(PreTrainedModel, model)
 
 
+def pick_layers(task: str, model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A model of these layers of `model`, from 0, in this order, with the same embeddings and head (DistilBERT, 2019).
+
+    Raises:
+        ValueError: a layer that is not there, or that can't stand where it was put, as its weights are of other kinds.
+    """
+    there = range(model.config.num_hidden_layers)
+    if not layers or any(i not in there for i in layers) or len(set(layers)) < len(layers):
+        raise ValueError(
+            f"model.init_layers must name different layers of 0 to {there[-1]}, got {list(layers)}"
+        )
+    stacks = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == len(there)]
+    if len(stacks) != 1:
+        raise ValueError(
+            f"{model.config.model_type} has no single stack of layers: leave out model.init_layers"
+        )
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [model.config.layer_types[i] for i in layers]
+    place = re.compile(rf"{re.escape(stacks[0])}\.(\d+)\.")
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if not (found := place.match(name)):
+            state[name] = tensor
+        elif int(found[1]) in layers:
+            state[f"{stacks[0]}.{layers.index(int(found[1]))}.{name[found.end() :]}"] = tensor
+    picked = AUTO[task].from_config(config, dtype=model.dtype, attn_implementation=ATTENTION)
+    try:
+        picked.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"model.init_layers={list(layers)}: these layers of {config.model_type} can't stand in this order: {error}"
+        ) from error
+    return typing.cast(PreTrainedModel, picked)
+
+
 def empty_model(task: str, folder: Path, dtype: torch.dtype, sequence_length: int) -> PreTrainedModel:
     """The model of a Hugging Face folder without its weights: what memory held there is what they are.
 
@@ -269,18 +310,19 @@ def counted_hidden(
 ) -> tuple[Tensor, Inside]:
     """Trunk over the whole batch, then what the final layer reads, [N, D], of the rows that count only.
 
-    rows_N: int64 indices into the flattened [B*L] positions. needs: what of the inside comes along, `layers`,
-    `attentions` or both; the latter of a model that `show_attentions` was called on.
+    rows_N: int64 indices into the flattened [B*L] positions. needs: what of the inside comes along: `layers`,
+    `attentions` (of a model that `show_attentions` was called on), `mixed` (a second run of the trunk).
     """
     mask = inputs.attention_mask
     if "attentions" in needs and mask is not None:  # plain attention adds its mask
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
-    output = model.base_model(
-        input_ids=inputs.input_ids_BL,
+    trunk = partial(
+        model.base_model,
         attention_mask=_masks_by_layer_type(model.config, mask),
         position_ids=inputs.position_ids_BL,
-        **{OUTPUTS[need]: True for need in needs if need in OUTPUTS},
     )
+    asked = {OUTPUTS[need]: True for need in needs if need in OUTPUTS}
+    output = trunk(input_ids=inputs.input_ids_BL, **asked)
     hidden_ND = output.last_hidden_state.flatten(0, 1)[rows_N]
     layers = tuple(h.flatten(0, 1)[rows_N] for h in output.hidden_states) if "layers" in needs else ()
     attentions = (
@@ -288,8 +330,27 @@ def counted_hidden(
         if "attentions" in needs
         else ()
     )
+    mixed_ND = None
+    if "mixed" in needs:
+        again = trunk(inputs_embeds=mixed_embeddings(model, inputs.input_ids_BL))
+        mixed_ND = _transformed(model, again.last_hidden_state.flatten(0, 1)[rows_N])
+    return _transformed(model, hidden_ND), Inside(layers, attentions, mixed_ND)
+
+
+def _transformed(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
     transform = TRANSFORMS.get(model.config.model_type)
-    return transform(model)(hidden_ND) if transform else hidden_ND, Inside(layers, attentions)
+    return transform(model)(hidden_ND) if transform else hidden_ND
+
+
+def mixed_embeddings(model: PreTrainedModel, input_ids_BL: Tensor) -> Tensor:
+    """[B, L, D]: each sequence's word embeddings mixed with those of the sequence before it in the micro-batch.
+
+    lambda e_b + (1 - lambda) e_{b-1}, one lambda from U(1/2, 1), that of Beta(1, 1) with the larger share on the
+    sequence that has the labels. It is a function of the ids: student and teacher mix alike.
+    """
+    embeddings_BLD = model.get_input_embeddings()(input_ids_BL)
+    share = (0.5 + (input_ids_BL.sum() % 1009).float() / 2018).to(embeddings_BLD.dtype)  # no wait for a GPU
+    return share * embeddings_BLD + (1 - share) * embeddings_BLD.roll(1, 0)
 
 
 def counted_rows(model: PreTrainedModel, inputs: Inputs, rows_N: Tensor, needs: Collection[str] = ()) -> Rows:

@@ -48,10 +48,13 @@ def seen_case(
                     torch.rand(num_rows, heads, 5, dtype=torch.float64).log_softmax(2).exp()
                     for _ in range(depth)
                 ),
+                torch.randn(num_rows, width, dtype=torch.float64),
             ),
         )
         for width, depth, heads in ((WIDTHS[0], 2, 2), (WIDTHS[1], 4, 3))
     )
+    assert student.inside.mixed_ND is not None
+    student.inside.mixed_ND.requires_grad_()
     for leaf in (
         student.hidden_ND,
         student.head.weight_VD,
@@ -133,14 +136,15 @@ def assert_follows(
 ) -> None:
     """The term's value and its gradients are those of `expected`, to float64."""
     outcomes = []
-    leaves = [
-        leaf
-        for leaf in (
-            seen.student.hidden_ND, seen.student.head.weight_VD, *seen.student.inside.layers,
-            *seen.student.inside.attentions, *(p for m in seen.learned.values() for p in m.parameters()),
-        )
-        if leaf.requires_grad
-    ]  # fmt: skip
+    own = seen.student
+    inside = [
+        *own.inside.layers,
+        *own.inside.attentions,
+        *([] if own.inside.mixed_ND is None else [own.inside.mixed_ND]),
+    ]
+    learned = [p for module in seen.learned.values() for p in module.parameters()]
+    given = [own.hidden_ND, own.head.weight_VD, *inside, *learned]
+    leaves = [tensor for tensor in given if tensor.requires_grad]
     for function in (lambda s: TERMS[name].function(s, **settings), expected):
         torch.manual_seed(5)
         value = function(seen)

@@ -26,7 +26,7 @@ KEYS = """
 run_dir seed steps batch_size micro_batch_size
 data.shards data.task data.mask_rate data.mask_token_share data.random_token_share
 data.isolate_documents data.span_depth data.shuffle_window data.num_workers
-model.architecture model.overrides model.init_from
+model.architecture model.overrides model.init_from model.init_layers
 teacher.trajectory teacher.targets teacher.dtype teacher.zero_stage teacher.ensemble teacher.pool teacher.offload
 teacher.unfinished teacher.cache teacher.cache_gb
 schedule.kind schedule.checkpoints schedule.num_stages schedule.stage_steps schedule.early_share
@@ -201,6 +201,8 @@ def test_key_or_value_that_is_not_understood_is_named(assignment: str, said: str
             ],
             "objective.weights are all 0 from 0.5 to 0.7 of the budget",
         ),
+        (["model.init_layers=[0, 2]"], "are layers of model.init_from, which is not set"),
+        (["teacher.trajectory=t", "objective.weights={ckd: 1}"], "add an anchor, e.g. forward_kl: 0.5"),
         (["objective.settings={atkd: 3}"], "objective.settings.atkd must be {key: value}, got 3"),
         (["objective.weights={forward_kl: 1}"], "teacher.trajectory is not set"),
         (["teacher.trajectory=t", "objective.weights={hard: 1}"], "the teacher would run for nothing"),

@@ -46,6 +46,12 @@ def cross_head(seen: Seen) -> Tensor:
     return found
 
 
+def mixkd(seen: Seen) -> Tensor:
+    again = [x._replace(hidden_ND=x.inside.mixed_ND) for x in (seen.student, seen.live)]
+    both = [probabilities(x) for x in again]
+    return sum((kl(list(t), list(s)) for s, t in zip(*both, strict=True)), ZERO)
+
+
 def hidden_cosine(seen: Seen) -> Tensor:
     p = seen.learned["hidden_cosine"].weight
     both = zip(seen.student.inside.layers[-1], seen.live.inside.layers[-1], strict=True)
@@ -104,6 +110,7 @@ def contrastive(seen: Seen) -> Tensor:
     ("name", "expected", "settings"),
     [
         ("cross_head", cross_head, {}),
+        ("mixkd", mixkd, {}),
         ("hidden_cosine", hidden_cosine, {}),
         ("hidden_square", hidden_square, {}),
         ("attention_kl", attention_kl, {}),
@@ -246,7 +253,9 @@ def to_bf16(seen: Seen) -> Seen:
     from dataclasses import replace
 
     def rows(r: Rows) -> Rows:
-        inside = type(r.inside)(*(tuple(x.detach().bfloat16() for x in each) for each in r.inside))
+        layers, attentions, mixed = r.inside
+        both = (tuple(x.detach().bfloat16() for x in each) for each in (layers, attentions))
+        inside = type(r.inside)(*both, None if mixed is None else mixed.detach().bfloat16())
         head = r.head._replace(
             weight_VD=r.head.weight_VD.detach().bfloat16(), bias_V=r.head.bias_V.bfloat16()
         )  # type: ignore

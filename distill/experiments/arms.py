@@ -134,7 +134,19 @@ def _cell(values: Sequence[float], key: str) -> str:
             else f"reached by {sum(map(math.isfinite, values))} of {len(values)}"
         )
     digits = next(
-        (n for start, n in {"hard": 3, "accuracy": 4, "minutes": 1}.items() if key.startswith(start)), 0
+        (
+            n
+            for start, n in {
+                "hard": 3,
+                "accuracy": 4,
+                "minutes": 1,
+                "ece": 3,
+                "agreement": 3,
+                "teacher_kl": 3,
+            }.items()
+            if key.startswith(start)
+        ),
+        0,
     )
     mean, spread = mean_and_spread(values)
     return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")

@@ -19,6 +19,7 @@ from distill.objectives import (
     double,
     gating,
     layers,
+    mixed,
     relations,
 )
 
@@ -37,7 +38,7 @@ class Term(NamedTuple):
     """A sum over rows, and what it asks for.
 
     function: (Seen, **settings) -> 0-d tensor, a sum over the counted rows. help: one line, with the source.
-    needs: `layers` or `attentions` of both models, or `words`, how frequent each token is. stored: whether targets
+    needs: `layers`, `attentions` or a `mixed` run of both models, or `words`, how frequent each token is. stored: whether targets
     that were stored with the label's probability and the rest's can serve it. learns: makes what is learnt beside
     the student, of (width of the student, of the teacher).
     """
@@ -115,11 +116,12 @@ TERMS: dict[str, Term] = {
     "contrastive": Term(
         relations.contrastive, "each row its teacher's among all (2407.11802)", learns=relations.Aligner
     ),
+    "mixkd": Term(mixed.mixkd, "KL on mixtures of two sequences (MixKD, ICLR 2021) [R]", ("mixed",)),
 }
 
 
 def needs_of(names: Iterable[str]) -> frozenset[str]:
-    """What these objectives look at beside the rows: `layers`, `attentions`, `words`, the teacher's `width`."""
+    """What these objectives look at beside the rows: `needs` of Term, and the teacher's `width`."""
     terms = [TERMS[name] for name in names if name in TERMS]
     widths = ["width"] if any(term.learns for term in terms) else []
     return frozenset([*widths, *(need for term in terms for need in term.needs)])
