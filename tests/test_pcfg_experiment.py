@@ -204,3 +204,27 @@ def test_bad_choices_are_named(
     with pytest.raises(SystemExit):
         parse(arguments)
     assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ R5 in short
+
+
+@pytest.mark.slow
+def test_a_short_r5_shows_the_rise_of_the_ngrams_and_students_between_frequencies_and_their_teacher(
+    tmp_path: Path,
+) -> None:
+    """What holds for every seed of the scaled study; that progressive leads one-shot does not (see the log)."""
+    options = ("--out", str(tmp_path), "--seeds", "0", "1", "--workers", "1", "--budget", "150")
+    quick = ("log.eval_samples=512", "log.eval_every=50")
+    subprocess.run(
+        [sys.executable, "-m", "distill.experiments.pcfg", "steps=300", "save.trajectory_every=100", *quick, *options],
+        check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    found = json.loads((tmp_path / "results.json").read_text())
+    chance, rows = found["probes"]["chance"], found["probes"]["rows"]
+    robust = [row["robust_3"][1] for row in rows]
+    assert robust[-1] > 0.1 and robust[-1] > 20 * robust[0]  # steps 300 and 25
+    assert rows[-1]["loss"] < chance["loss"] - 0.2
+    teacher = found["runs"]["teacher"][0]["accuracy"]
+    for arm in ("hard", "one_shot", "progressive"):
+        assert all(chance["accuracy"] + 0.05 < run["accuracy"] < teacher for run in found["runs"][arm]), arm
