@@ -146,8 +146,8 @@ def add_score(commands: Any) -> None:
     add("--p", type=float, help="top_p: their mass together, 0 to 1 (default 0.95)")
     add("--draws", type=int, help="sampled: draws a token (default 50)")
     add("--part", type=part, default=(0, 1), metavar="I/N", help="the I-th of N parts, from 0 (default 0/1)")
-    add("--steps", type=int, default=0, help="score the first so many steps only (default: all)")
-    add("--shard-samples", type=int, default=0, help="samples a shard (default 1024; hidden states 64)")
+    add("--steps", type=count, default=0, help="score the first so many steps only (default: all)")
+    add("--shard-samples", type=count, default=0, help="samples a shard (default 1024; hidden states 64)")
 
 
 def part(text: str) -> tuple[int, int]:
@@ -156,6 +156,13 @@ def part(text: str) -> tuple[int, int]:
     if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
         raise argparse.ArgumentTypeError(f"must be I/N with I in 0..N-1, e.g. 0/4, got {text!r}")
     return int(number), int(parts)
+
+
+def count(text: str) -> int:
+    """A number of things."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
+    return int(text)
 
 
 def add_plan(commands: Any) -> None:

@@ -16,20 +16,30 @@ END
 )"
 }
 
-train_and_requeue() { # SETTINGS...: `distill train` on all tasks; saved and put back into the queue when time is up
-  announce distill train "$@"
-  python -m distill attempt start "$@"
-  local again=0 cancelled=0 code=0 step=
+on_all_tasks() { # COMMAND...: `distill COMMAND` on every task, told of what SLURM sends. Sets again, cancelled and code
+  local step=
+  again=0 cancelled=0 code=0
   trap 'again=1; kill -USR1 "$step"' USR1      # before the limit, or preempted: save, then queue again
   trap 'cancelled=1; kill -TERM "$step"' TERM  # scancel: save, then leave for good
   # When a rank has died its peers see it and say so; those that only wait for it are killed after --wait seconds.
-  srun --label --kill-on-bad-exit=0 --wait=45 python -m distill train "$@" &
+  srun --label --kill-on-bad-exit=0 --wait=45 python -m distill "$@" &
   step=$!
   while :; do # `wait` returns when a trap runs
     wait "$step" && code=0 || code=$?
     kill -0 "$step" 2>/dev/null || break
   done
   trap - USR1 TERM
+}
+
+requeue() { # this job, to go on where it stopped
+  scontrol requeue "$SLURM_JOB_ID"
+  sleep 60 # until it is taken away
+}
+
+train_and_requeue() { # SETTINGS...: `distill train` on all tasks; saved and put back into the queue when time is up
+  announce distill train "$@"
+  python -m distill attempt start "$@"
+  on_all_tasks train "$@"
   case $code in
     0) exit 0 ;;
     2 | 130 | 143) [ "$again" = 1 ] || cancelled=1 ;; # bad input, which stays bad, or told to leave
@@ -37,6 +47,5 @@ train_and_requeue() { # SETTINGS...: `distill train` on all tasks; saved and put
   echo "$(date -Is) job $SLURM_JOB_ID: distill train ended with code $code"
   [ "$cancelled" = 0 ] || exit "$code"
   python -m distill attempt again "$@" || exit "$code"
-  scontrol requeue "$SLURM_JOB_ID"
-  sleep 60 # until it is taken away
+  requeue
 }

@@ -54,6 +54,9 @@ def small(command: str) -> list[str]:
     words = command.split()
     if "train" in words or "slurm/train.sbatch" in words:
         words += SMALL + (TEACHER if "teacher.yaml" in command else ())
+    if "score" in words:  # its options come after all settings
+        at = words.index("--out")
+        words[at:at] = SMALL
     if words[0] == "python":
         words[0] = sys.executable
     if (
@@ -137,3 +140,4 @@ def test_every_command_of_the_readme_runs(stranger: Path) -> None:
     assert len(ran) >= 12
     assert (stranger / "cluster" / "runs" / "bert_student" / "result.json").exists()
     assert (stranger / "student" / "model.safetensors").exists()
+    assert (stranger / "runs" / "from_targets" / "result.json").exists()
