@@ -32,7 +32,7 @@ from distill.models import (
     show_attentions,
 )
 from distill.objectives import Objective
-from distill.objectives.terms import check_terms, learned_modules, needs_of
+from distill.objectives.terms import Gives, check_terms, learned_modules, needs_of
 from distill.probes.quality import word_buckets
 from distill.run_folder import Scheduled, read_schedule, store_schedule
 from distill.schedule import Schedule, follow_student, make_schedule, together
@@ -129,7 +129,7 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     micro, accumulation = layout(config, world)
     needs = needs_of(config.objective.weights)
     schedule, teacher, trajectory, growing = make_teacher(config, world, folder, samples)
-    check_terms(config.objective, samples.tokenizer.vocab_size, closed_to_objectives(teacher))
+    check_terms(config.objective, samples.tokenizer.vocab_size, *given_by(teacher))
     if schedule and world.is_main:
         log.info("teacher schedule\n%s", schedule.table())
     model = student_model(config, samples)
@@ -138,7 +138,7 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     if "attentions" in needs:
         show_attentions(model)
     teacher_width = 0
-    if "width" in needs and isinstance(teacher, Teacher) and schedule:
+    if "width" in needs and teacher and not isinstance(teacher, Ensemble) and schedule:
         teacher_width = teacher.width(schedule.checkpoint_at(0))
     learned = learned_modules(config.objective.weights, model.config.hidden_size, teacher_width, config.seed)
     for module in learned.values():
@@ -204,11 +204,15 @@ def make_teacher(config: Config, world: World, folder: Path, samples: Samples) -
     return schedule, teacher, trajectory, growing
 
 
-def closed_to_objectives(teacher: AnyTeacher | None) -> str:
-    """Why no objective can look into the teacher; empty if it can."""
-    if isinstance(teacher, StoredTeacher):
-        return "the targets are stored"
-    return "an ensemble teaches" if isinstance(teacher, Ensemble) else ""
+def given_by(teacher: AnyTeacher | None) -> tuple[Gives, str]:
+    """What the teacher shows to objectives, and why it is not all."""
+    if isinstance(teacher, Ensemble):
+        return "buckets", "several models teach together"
+    if not isinstance(teacher, StoredTeacher):
+        return "all", ""
+    codec = teacher.header.codec
+    gives: Gives = "hidden" if codec.is_exact else "draws" if codec.draws else "buckets"
+    return gives, f"its targets are stored ({codec})"
 
 
 def first_schedule(config: Config, trajectory: Manifest) -> Schedule:

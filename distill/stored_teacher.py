@@ -86,6 +86,12 @@ class StoredTeacher:
         self._step = step
         return time.perf_counter() - start
 
+    def width(self, step: int) -> int:
+        """Of the hidden states of the checkpoint of teacher step `step`; 0 where none are stored."""
+        if not self.header.codec.is_exact:
+            return 0
+        return load_head(self.reader.folder, step, self.world.device).weight_VD.shape[1]
+
     def signal(self, batch: Batch) -> Rows | SparseTargets:
         """What the teacher has said about this batch."""
         assert batch.targets is not None, "the samples read them"

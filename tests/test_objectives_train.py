@@ -165,9 +165,18 @@ def test_settings_that_do_not_fit_are_refused(weights: Any, given: Any, said: st
 
 
 def test_term_that_stored_targets_can_not_serve_is_refused_with_those_they_can() -> None:
-    with pytest.raises(ValueError, match=r"objective.weights.dpk needs a live teacher.*atkd, rld"):
-        check_terms(ObjectiveConfig(weights={"dpk": 1.0}), 128, "the targets are stored")
-    check_terms(ObjectiveConfig(weights={"atkd": 1.0, "forward_kl": 1.0}), 128, "the targets are stored")
+    with pytest.raises(
+        ValueError, match=r"weights.dpk needs more of the teacher than there is, as targets.*atkd, rld"
+    ):
+        check_terms(ObjectiveConfig(weights={"dpk": 1.0}), 128, "buckets", "targets are stored")
+    check_terms(
+        ObjectiveConfig(weights={"atkd": 1.0, "forward_kl": 1.0}), 128, "buckets", "targets are stored"
+    )
+    check_terms(ObjectiveConfig(weights={"cross_head": 1.0, "ada_alpha": 1.0}), 128, "hidden", "stored")
+    with pytest.raises(ValueError, match="weights.attention_kl needs more"):
+        check_terms(ObjectiveConfig(weights={"attention_kl": 1.0}), 128, "hidden", "stored")
+    with pytest.raises(ValueError, match="weights.atkd needs more"):
+        check_terms(ObjectiveConfig(weights={"atkd": 1.0}), 128, "draws", "drawn")
 
 
 @pytest.mark.filterwarnings("ignore")  # of DeepSpeed and torch, about each other

@@ -129,6 +129,32 @@ def test_exact_targets_serve_every_objective_task_and_epoch_to_the_bit(
     assert_same_run(tmp_path / "run", tmp_path / "live")
 
 
+def test_terms_that_read_hidden_states_learn_from_exact_targets_as_from_the_live_teacher(
+    shards: Path, trajectory: str, hidden: Path, tmp_path: Path
+) -> None:
+    names = ("forward_kl", "cross_head", "ckd_hidden", "relations", "contrastive", "atkd", "ckd")
+    changes = {"objective__weights": dict.fromkeys(names, 0.2), "log__every": 1}
+    train(student(shards, tmp_path / "live", teacher__trajectory=trajectory, **changes))
+    train(student(shards, tmp_path / "stored", teacher__targets=str(hidden), **changes))
+    assert_same_run(tmp_path / "stored", tmp_path / "live")
+
+
+def test_terms_that_read_classes_learn_from_cut_targets_and_the_others_are_refused(
+    shards: Path, top_k: Path, hidden: Path, tmp_path: Path
+) -> None:
+    weights = {"forward_kl": 0.5, "atkd": 0.2, "ckd": 0.2}
+    train(student(shards, tmp_path / "run", teacher__targets=str(top_k), objective__weights=weights))
+    assert all(row["term_ckd"] > 0 for row in rows(tmp_path / "run", "train"))
+    for targets, name in ((top_k, "cross_head"), (hidden, "hidden_square")):
+        refused = student(
+            shards, tmp_path / name, teacher__targets=str(targets), objective__weights={name: 1.0}
+        )
+        with pytest.raises(
+            ValueError, match=f"weights.{name} needs more of the teacher .* its targets are stored"
+        ):
+            train(refused)
+
+
 @pytest.mark.dist
 def test_other_micro_batch_batch_and_ranks_read_the_same_targets(
     shards: Path, hidden: Path, trajectory: str, tmp_path: Path

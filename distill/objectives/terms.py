@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from distill.config import ObjectiveConfig
+from distill.config import FUSED, ObjectiveConfig
 from distill.objectives import (
     comparative,
     correlation,
@@ -32,6 +32,11 @@ LEAST = {
     "confidence_temperature": 0.01,
     "until": 0.001,
 }
+
+
+# Of itself a teacher shows: everything, live; hidden states of the rows that count; probabilities, as classes, label and
+# rest; or draws of classes alone, from which the fused forward KL learns.
+Gives = Literal["all", "hidden", "buckets", "draws"]
 
 
 class Term(NamedTuple):
@@ -146,10 +151,10 @@ def settings_of(function: Callable[..., Tensor]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def check_terms(config: ObjectiveConfig, vocab_size: int, closed: str = "") -> None:
+def check_terms(config: ObjectiveConfig, vocab_size: int, gives: Gives = "all", why: str = "") -> None:
     """Refuse what the vocabulary or the kind of teacher does not allow.
 
-    closed: why there is no single live teacher to look into, if so.
+    gives: what the teacher shows of itself; why: it does not show all.
 
     Raises:
         ValueError: every problem: settings of a term that is not named, unknown ones (with the nearest name) or
@@ -159,14 +164,19 @@ def check_terms(config: ObjectiveConfig, vocab_size: int, closed: str = "") -> N
     for name, given in config.settings.items():
         problems += _problems_of(name, given, config, vocab_size)
     for name in config.weights:
-        if closed and name in TERMS and not TERMS[name].stored:
-            served = ", ".join(other for other, term in TERMS.items() if term.stored)
+        if name in TERMS and not _serves(gives, TERMS[name]):
+            served = ", ".join([*FUSED, *(other for other, term in TERMS.items() if _serves(gives, term))])
             problems.append(
-                f"objective.weights.{name} looks into one live teacher, and {closed}: set teacher.trajectory alone, "
-                f"or choose among {served}"
+                f"objective.weights.{name} needs more of the teacher than there is, as {why}: use one live teacher, or choose "
+                f"among {served}"
             )
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _serves(gives: Gives, term: Term) -> bool:
+    inside = set(term.needs) - {"words"}
+    return {"all": True, "hidden": not inside, "buckets": term.stored, "draws": False}[gives]
 
 
 def _problems_of(name: str, given: Mapping[str, Any], config: ObjectiveConfig, vocab_size: int) -> list[str]:
