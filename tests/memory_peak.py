@@ -1,6 +1,6 @@
 """Run by test_memory: one rank trains two steps of a small model; rank 0 prints what memory its process held.
 
-usage: memory_peak.py STAGE DTYPE, with RANK and the like in the environment. Bytes beyond those of a process that has
+usage: memory_peak.py STAGE DTYPE [BUCKET], with RANK and the like in the environment. Bytes beyond those of a process that has
 trained a tiny model first, so that libraries and thread pools do not count.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from distill import engine as engine_module
 from distill.config import Config
 from distill.distributed import World, start
 from distill.engine import Engine
@@ -74,4 +75,6 @@ def main(stage: int, dtype: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 3:
+        engine_module.BUCKET = int(sys.argv[3])
     main(int(sys.argv[1]), sys.argv[2])

@@ -146,6 +146,20 @@ def test_decisions_of_a_schedule_that_follows_the_student_survive(
     assert_close_rows(tmp_path / "run", tmp_path / "calm")
 
 
+def test_kill_while_weights_are_dealt_anew_leaves_the_checkpoint_as_it_was(
+    undisturbed: Path, ragged: Path, teacher_run: Path, tmp_path: Path
+) -> None:
+    arguments = run(ragged, teacher_run, tmp_path / "run")
+    assert distill(arguments, tmp_path, Kill("distill.engine:Engine.step", 7)).code == -9
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    before = {p: p.read_bytes() for p in saved.rglob("*") if p.is_file()}
+    arguments.append("engine.zero_stage=2")
+    assert distill(arguments, tmp_path, Kill("distill.engine:Engine._set", 20)).code == -9
+    assert {p: p.read_bytes() for p in saved.parent.rglob("*") if p.is_file()} == before
+    assert "dealt anew" in distill(arguments, tmp_path).ok().output
+    assert_close_rows(tmp_path / "run", undisturbed)
+
+
 # ------------------------------------------------------------------------------------------------ one process
 
 
@@ -192,6 +206,17 @@ PAIRS += [("bf16", a, b) for a in range(1, 4) for b in range(1, 4) if a != b]
 def test_every_stage_takes_up_every_other_to_the_bit(
     dtype: str, before: int, after: int, shards: Path, tmp_path: Path, splits_all: None
 ) -> None:
+    assert_taken_up(dtype, before, after, shards, tmp_path)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 0)])
+def test_weights_that_stage_3_keeps_whole_for_being_small_are_taken_up_too(
+    before: int, after: int, shards: Path, tmp_path: Path
+) -> None:
+    assert_taken_up("fp32", before, after, shards, tmp_path)
+
+
+def assert_taken_up(dtype: str, before: int, after: int, shards: Path, tmp_path: Path) -> None:
     one = engine_of(shards, tmp_path, before, dtype)
     for _ in range(2):
         train_step(one, shards, tmp_path)

@@ -113,7 +113,7 @@ def test_passing_memory_follows_the_micro_batch_and_the_chunk() -> None:
     assert logits_memory(model(), 5, 10, "fp32", taught=False) == 5 * vocabulary * 4 + accumulated
 
 
-def measured(stage: int, dtype: str, ranks: int) -> dict[str, int]:
+def measured(stage: int, dtype: str, ranks: int, *bucket: int) -> dict[str, int]:
     """{"held": bytes between two steps, "peak": the most within one} of rank 0."""
     shared = {
         # Every larger block goes back to the system when it is freed: what a process holds is what it uses.
@@ -126,7 +126,7 @@ def measured(stage: int, dtype: str, ranks: int) -> dict[str, int]:
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "memory_peak.py"), str(stage), dtype],
+            [sys.executable, str(ROOT / "tests" / "memory_peak.py"), str(stage), dtype, *map(str, bucket)],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -162,3 +162,12 @@ def test_prediction_is_within_a_tenth_of_what_a_process_holds_and_of_its_peak(
     assert predicted.total == pytest.approx(found["peak"], rel=0.1)
     if stage < 3:  # stage 3 keeps its buckets between steps
         assert predicted.weights + predicted.optimizer == pytest.approx(found["held"], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "bf16"), (2, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_prediction_holds_for_a_model_of_several_buckets_too(stage: int, dtype: str) -> None:
+    student, bucket = model(), 2_000_000  # of 13 million numbers
+    predicted = student_memory(student, stage, dtype, 2, bucket=bucket)
+    assert predicted.total == pytest.approx(measured(stage, dtype, 2, bucket)["peak"], rel=0.1)

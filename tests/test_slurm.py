@@ -202,7 +202,6 @@ def test_run_that_dies_twice_at_the_same_step_is_not_queued_a_third_time(
     for start in range(2):
         wait_for(
             lambda n=start: slurm.restarts(job) == n and rank_pid(job, 1) is not None,
-            60,
             "rank 1",
             lambda: read(job.log),
         )
