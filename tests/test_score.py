@@ -29,7 +29,6 @@ from tiny import (
     write_text_shards,
 )
 
-import distill.score
 from distill.config_reader import ConfigError
 from distill.data import Samples
 from distill.models import counted_rows, load_model
@@ -331,12 +330,12 @@ def test_student_that_waits_learns_while_the_teacher_is_scored(
     shutil.copytree(hidden, out)
     journal = out / "part-0-of-1.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
-    journal.write_text("".join(lines[:3]))  # 72 samples
+    journal.write_text("".join(lines[:3]))  # 52 samples
     keys = {**STUDENT, "teacher__targets": str(out), "teacher__unfinished": "wait", "log__every": 3}
     run = Started(["train", *settings(shards, tmp_path / "run", **keys)], tmp_path / "said.txt")
     until(
         lambda: (
-            "waiting for the targets of samples 64 to 71" in (tmp_path / "said.txt").read_text()
+            "waiting for the targets of samples 48 to 55" in (tmp_path / "said.txt").read_text()
             or not run.is_alive()
         )
     )
