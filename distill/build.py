@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from data_prep.shards import TokenizerInfo
 from distill.checkpoint import TrainState
 from distill.config import Config, ScheduleConfig
-from distill.data import Samples
+from distill.data import Batch, Samples
 from distill.distributed import World, agree_on_stop
 from distill.engine import Engine
 from distill.evaluate import validation_samples
@@ -34,6 +34,7 @@ from distill.probes.quality import word_buckets
 from distill.run_folder import read_schedule, store_schedule
 from distill.schedule import Schedule, follow_student, make_schedule
 from distill.signals import Stopped, stop_signal
+from distill.speculative import continued
 from distill.teacher import Teacher
 from distill.trajectory.audit.verdicts import refuse_bad_steps
 from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
@@ -78,6 +79,16 @@ class Run:
         self.schedule = self.growing.settle(self.schedule, consumed)
         return time.perf_counter() - start
 
+    def questions(self, micro_batches: list[Batch], state: TrainState) -> list[Batch]:
+        """What is asked in this step: the texts, or from some share of the budget on their continuations."""
+        objective = self.config.objective
+        if state.step / self.config.steps < objective.speculate_from:
+            return micro_batches
+        assert self.teacher and self.teacher.model, "the config names a teacher, and the schedule has begun"
+        models = (self.engine.model, self.teacher.model)
+        settings = (objective.speculate_top_k, self.vocab_size, self.samples.tokenizer.pad_id)
+        return [continued(batch.to(self.world.device), *models, *settings) for batch in micro_batches]
+
     def follow_schedule(self, consumed: int) -> float:
         """Let the checkpoint teach that rules after `consumed` samples. Seconds waited for it.
 
@@ -120,6 +131,14 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     samples = Samples(config.data, "train", config.seed, shuffle=True)
     micro, accumulation = layout(config, world)
     check_terms(config.objective, samples.tokenizer.vocab_size)
+    if (
+        config.objective.speculate_from < 1
+        and config.objective.speculate_top_k > samples.tokenizer.vocab_size
+    ):
+        raise ValueError(
+            f"objective.speculate_top_k is {config.objective.speculate_top_k}, but the vocabulary has "
+            f"{samples.tokenizer.vocab_size}: set it to less"
+        )
     needs = needs_of(config.objective.weights)
     schedule, teacher, trajectory, growing = None, None, None, None
     if config.teacher.trajectory:

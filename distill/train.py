@@ -93,7 +93,7 @@ def train_step(
     """One optimizer step on this rank's micro-batches. Returns the norm of the gradient before clipping."""
     # Dropout, if any, is the same after a resume.
     torch.manual_seed(int(key_of(run.config.seed, state.step, run.world.rank)) >> 1)
-    micro_batches = list(islice(batches, run.engine.accumulation))
+    micro_batches = run.questions(list(islice(batches, run.engine.accumulation)), state)
     num_rows, num_tokens = (
         sum(len(b.rows_N) for b in micro_batches),
         sum(b.num_tokens for b in micro_batches),

@@ -39,6 +39,7 @@ FLOORS = {
         "memory",
         "growing",
         "attempts",
+        "speculative",
     },
     3: {"train", "score", "evaluate", "build", "accounting", "export"},
     4: {"experiments", "__main__"},
