@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from data_prep.shards import TokenizerInfo
 from distill import hardware
 from distill.checkpoint import TrainState
 from distill.config import Config, ScheduleConfig
-from distill.data import Samples
+from distill.data import Batch, Samples
 from distill.distributed import World, agree_on_stop
 from distill.engine import Engine
 from distill.ensemble import Ensemble
@@ -37,6 +38,7 @@ from distill.probes.quality import word_buckets
 from distill.run_folder import Scheduled, read_schedule, store_schedule
 from distill.schedule import Schedule, follow_student, make_schedule, together
 from distill.signals import Stopped, stop_signal
+from distill.speculative import continued
 from distill.stored_teacher import StoredTeacher
 from distill.teacher import Teacher
 from distill.trajectory.audit.verdicts import refuse_bad_steps
@@ -81,6 +83,18 @@ class Run:
         start = time.perf_counter()
         self.schedule = self.growing.settle(self.schedule, consumed)
         return time.perf_counter() - start
+
+    def questions(self, micro_batches: list[Batch], state: TrainState) -> list[Batch]:
+        """What is asked in this step: the texts, or from some share of the budget on their continuations."""
+        objective = self.config.objective
+        if state.step / self.config.steps < objective.speculate_from:
+            return micro_batches
+        assert isinstance(self.teacher, Teacher) and self.teacher.model, (
+            "the config names a teacher, and the schedule has begun"
+        )
+        models = (self.engine.model, self.teacher.model)
+        settings = (objective.speculate_top_k, self.vocab_size, self.samples.tokenizer.pad_id)
+        return [continued(batch.to(self.world.device), *models, *settings) for batch in micro_batches]
 
     def follow_schedule(self, consumed: int) -> float:
         """Let the checkpoint teach that rules after `consumed` samples. Seconds waited for it.
@@ -137,13 +151,8 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     model.to(device=world.device)  # type: ignore[call-arg]  # transformers wraps Module.to untyped
     if "attentions" in needs:
         show_attentions(model)
-    teacher_width = 0
-    if "width" in needs and teacher and not isinstance(teacher, Ensemble) and schedule:
-        teacher_width = teacher.width(schedule.checkpoint_at(0))
-    learned = learned_modules(config.objective.weights, model.config.hidden_size, teacher_width, config.seed)
-    for module in learned.values():
-        module.to(world.device)
     warn_of_emulation(config, world)
+    learned = beside_student(config, model, teacher, schedule)
     engine = Engine(model, config, world, accumulation, learned)
     buckets = word_buckets(samples).to(world.device) if "words" in needs else None
     objective = Objective(config.objective, samples.tokenizer.vocab_size, bucket_V=buckets)
@@ -166,6 +175,17 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
         growing,
         publisher,
     )
+
+
+def beside_student(
+    config: Config, model: PreTrainedModel, teacher: AnyTeacher | None, schedule: Schedule | None
+) -> dict[str, nn.Module]:
+    """What the objective learns beside the student, on the student's device."""
+    names, width = config.objective.weights, 0
+    if "width" in needs_of(names) and schedule and isinstance(teacher, (Teacher, StoredTeacher)):
+        width = teacher.width(schedule.checkpoint_at(0))
+    learned = learned_modules(names, model.config.hidden_size, width, config.seed)
+    return {name: module.to(model.device) for name, module in learned.items()}
 
 
 def warn_of_emulation(config: Config, world: World) -> None:

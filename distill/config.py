@@ -146,6 +146,14 @@ class ObjectiveConfig:
     settings: dict[str, Any] = _opt(
         {}, "settings of terms by name, as that help lists them, e.g. {atkd: {easy_share: 0.3}}"
     )
+    speculate_from: float = _opt(
+        1.0,
+        "clm: share of the budget from which the student continues half of each text, and learns on that; 1: never",
+    )
+    speculate_top_k: int = _opt(
+        25,
+        "a token of the student's that is not among so many of the teacher's likeliest is replaced by the teacher",
+    )
     beta: float = _opt(0.5, "jsd: the teacher's share of the mixture, 0 (forward KL) to 1 (reverse KL)")
     temperature: Ramp = _opt(
         1.0, "softmax temperature, a ramp; below 1e-4 the teacher's arg-max is the label"

@@ -22,6 +22,7 @@ SHARES = (
     "data.mask_token_share",
     "data.random_token_share",
     "objective.beta",
+    "objective.speculate_from",
     "schedule.early_share",
     "schedule.min_gain",
     "optim.warmup_share",
@@ -33,6 +34,7 @@ POSITIVE = (
     "steps",
     "batch_size",
     "data.shuffle_window",
+    "objective.speculate_top_k",
     "schedule.speed",
     "schedule.patience",
     "save.every",
@@ -173,6 +175,7 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             f"objective.weights names only {' and '.join(c.objective.weights)}, by which what all rows have in common "
             "stays open: add an anchor, e.g. forward_kl: 0.5",
         ),
+        *_speculation_rules(c),
         (
             "jsd" in soft or c.objective.beta == ObjectiveConfig().beta,
             f"objective.beta={c.objective.beta} is read by jsd only, which objective.weights does not name",
@@ -243,6 +246,37 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             )
             for key in ("save.trajectory_first", "save.trajectory_drop_every", "save.trajectory_to")
         ],
+    ]
+
+
+def _speculation_rules(c: Config) -> list[tuple[bool, str]]:
+    first = c.objective.speculate_from
+    if first >= 1:
+        return []
+    hard = c.objective.weights.get("hard", 0.0)
+    later = [p[0] for p in hard if len(p) == 2 and p[0] > first] if isinstance(hard, list) else []
+    taught = not any(ramp_at(hard, share) for share in (first, *later, 1.0)) if hard != [] else True
+    name = f"objective.speculate_from={first}"
+    return [
+        (c.data.task == "clm", f"{name} lets the student go on with a text: it needs data.task=clm"),
+        (
+            bool(c.teacher.trajectory) and not c.teacher.targets and c.teacher.ensemble == 1,
+            f"{name} needs one live teacher: set teacher.trajectory, leave out teacher.targets and teacher.ensemble",
+        ),
+        (
+            not c.data.isolate_documents,
+            f"{name} goes on across the ends of documents: set data.isolate_documents=false",
+        ),
+        (
+            c.engine.zero_stage < 3 and c.teacher.zero_stage < 3,
+            f"{name} runs both models many times a step, whose weights must be whole: set engine.zero_stage to 2 or "
+            "less and teacher.zero_stage to 0",
+        ),
+        (
+            taught,
+            f"{name}: from there the labels are the student's own words, from which `hard` would learn nothing: let "
+            "its weight be 0 from there, or leave it out",
+        ),
     ]
 
 

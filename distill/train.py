@@ -94,7 +94,7 @@ def train_step(
     # Dropout, if any, is the same after a resume.
     torch.manual_seed(int(key_of(run.config.seed, state.step, run.world.rank)) >> 1)
     with window.own_clock:
-        micro_batches = list(islice(batches, run.engine.accumulation))
+        micro_batches = run.questions(list(islice(batches, run.engine.accumulation)), state)
     num_rows, num_tokens = (
         sum(len(b.rows_N) for b in micro_batches),
         sum(b.num_tokens for b in micro_batches),

@@ -31,7 +31,9 @@ teacher.trajectory teacher.targets teacher.dtype teacher.zero_stage teacher.ense
 teacher.unfinished teacher.cache teacher.cache_gb
 schedule.kind schedule.checkpoints schedule.num_stages schedule.stage_steps schedule.early_share
 schedule.stages schedule.speed schedule.patience schedule.min_gain
-objective.weights objective.settings objective.beta objective.temperature objective.temperature_on objective.temperature_squared
+objective.weights objective.settings
+objective.speculate_from objective.speculate_top_k objective.beta objective.temperature
+objective.temperature_on objective.temperature_squared
 objective.chunk_rows objective.kernel
 optim.lr optim.beta1 optim.beta2 optim.eps optim.weight_decay optim.clip optim.warmup_share optim.decay
 optim.decay_share optim.final_lr_share
@@ -201,6 +203,22 @@ def test_key_or_value_that_is_not_understood_is_named(assignment: str, said: str
             ],
             "objective.weights are all 0 from 0.5 to 0.7 of the budget",
         ),
+        (["objective.speculate_from=0.5"], "it needs data.task=clm"),
+        (["objective.speculate_from=0.5", "data.task=clm"], "needs one live teacher"),
+        (
+            ["objective.speculate_from=0.5", "data.isolate_documents=true"],
+            "goes on across the ends of documents",
+        ),
+        (["objective.speculate_from=0.5", "engine.zero_stage=3"], "whose weights must be whole"),
+        (
+            [
+                "objective.speculate_from=0.5",
+                "objective.weights={forward_kl: 1, hard: [[0, 0], [0.6, 0], [1, 1]]}",
+            ],
+            "the labels are the student's own words",
+        ),
+        (["objective.speculate_from=1.5"], "objective.speculate_from must lie in 0 to 1, got 1.5"),
+        (["objective.speculate_top_k=0"], "objective.speculate_top_k must be above 0, got 0"),
         (["model.init_layers=[0, 2]"], "are layers of model.init_from, which is not set"),
         (["teacher.trajectory=t", "objective.weights={ckd: 1}"], "add an anchor, e.g. forward_kl: 0.5"),
         (["objective.settings={atkd: 3}"], "objective.settings.atkd must be {key: value}, got 3"),

@@ -42,6 +42,7 @@ FLOORS = {
         "plan_text",
         "growing",
         "attempts",
+        "speculative",
     },
     3: {"train", "score", "evaluate", "build", "accounting", "export"},
     4: {"experiments", "__main__"},

@@ -170,6 +170,10 @@ def check_terms(config: ObjectiveConfig, vocab_size: int, gives: Gives = "all", 
                 f"objective.weights.{name} needs more of the teacher than there is, as {why}: use one live teacher, or choose "
                 f"among {served}"
             )
+    if config.speculate_from < 1 and config.speculate_top_k > vocab_size:
+        problems.append(
+            f"objective.speculate_top_k is {config.speculate_top_k}, but the vocabulary has {vocab_size}: set it to less"
+        )
     if problems:
         raise ValueError("\n".join(problems))
 
