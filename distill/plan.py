@@ -30,6 +30,7 @@ from distill.memory import (
 from distill.metrics import METRICS, read_rows
 from distill.models import AUTO, build_model, flops_per_step, num_parameters, work_of
 from distill.schedule import Schedule, due_after, make_schedule, together
+from distill.targets.codecs import bytes_a_row, make_codec
 from distill.trajectory.manifest import NAME, Manifest, load_manifest
 
 
@@ -75,6 +76,9 @@ class Plan:
     most_shard_bytes: int  # of shards of which no sample is read twice
     saved_bytes: int  # resumable checkpoints, the one being written included
     trajectory_bytes: int  # that the run leaves
+    target_bytes: dict[
+        str, float
+    ]  # of `distill score` for this run, by codec, before compression; empty: no teacher
     student_flops: float  # of one token, backward included
     teacher_flops: float
     tokens_per_second: float
@@ -165,6 +169,7 @@ def make_plan(config: Config, site: Site) -> Plan:
         * numbers
         * (12 + (BYTES[dtype] if config.engine.zero_stage else 0)),
         trajectory_bytes=leaves * numbers * BYTES[dtype],
+        target_bytes=_target_bytes(config, teacher, config.total_samples * length * share, vocab_size),
         student_flops=student_flops,
         teacher_flops=teacher_flops,
         tokens_per_second=_tokens_per_second(config, site, student_flops + teacher_flops),
@@ -213,7 +218,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _teacher(config: Config, site: Site) -> tuple[PreTrainedModel | None, Schedule | None, dict[int, int]]:
     """(the teacher without weights, its schedule, bytes of each checkpoint that teaches)."""
-    if not config.teacher.trajectory:
+    if not config.teacher.trajectory or config.teacher.targets:
         return None, None, {}
     folder = config.teacher.trajectory
     is_there = "://" in folder or (Path(folder) / NAME).exists()
@@ -234,6 +239,16 @@ def _teacher(config: Config, site: Site) -> tuple[PreTrainedModel | None, Schedu
     teaching, size = {stage.checkpoint for stage in schedule.stages}, config.teacher.ensemble
     needed = sorted(teaching if size == 1 else {s for step in teaching for s in together(step, steps, size)})
     return teacher, schedule, {step: _bytes_of(manifest, step, teacher) for step in needed}
+
+
+def _target_bytes(
+    config: Config, teacher: PreTrainedModel | None, rows: float, vocab_size: int
+) -> dict[str, float]:
+    if teacher is None:
+        return {}
+    width, each = teacher.config.hidden_size, BYTES[config.teacher.dtype]
+    codecs = [make_codec(name, 1.0) for name in ("sampled", "top_k", "hidden")]
+    return {str(codec): rows * bytes_a_row(codec, vocab_size, width, each) for codec in codecs}
 
 
 def _config_of(manifest: Manifest | None) -> dict[str, Any]:

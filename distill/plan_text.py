@@ -70,6 +70,12 @@ def _disk(plan: Plan) -> Iterator[str]:
     yield f"saved     {plan.saved_bytes / GB:,.1f} GB: {config.save.keep} resumable checkpoints and the one being written"
     if plan.trajectory_bytes:
         yield f"leaves    {plan.trajectory_bytes / GB:,.1f} GB of trajectory"
+    if plan.target_bytes:
+        yield f"targets   {_targets(plan)}, if stored by `distill score` (an estimate, before compression)"
+
+
+def _targets(plan: Plan) -> str:
+    return ", ".join(f"{size / GB:,.1f} GB {codec}" for codec, size in plan.target_bytes.items())
 
 
 def _time(plan: Plan) -> Iterator[str]:

@@ -39,6 +39,13 @@ def test_parameters_and_schedule_are_those_of_the_run(
     assert plan.micro_batch_size == run.micro
 
 
+def test_stored_targets_are_estimated_by_the_rows_that_count(plan: Plan) -> None:
+    rows = 12 * 8 * LENGTH * 0.15
+    assert plan.target_bytes["hidden"] == pytest.approx(rows * 32 * 4, rel=0.02)  # of width 32 in fp32
+    assert 0 < plan.target_bytes["sampled draws=50"] < plan.target_bytes["top_k k=64"]
+    assert "GB sampled draws=50" in plan_text(plan)
+
+
 def test_storage_is_each_byte_of_the_checkpoints_that_teach_once(plan: Plan, teacher_run: Path) -> None:
     known = load_manifest(teacher_run / "trajectory").checkpoints
     expected = sum(size for step in (2, 24) for size, _ in known[step].files.values())

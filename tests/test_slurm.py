@@ -12,6 +12,8 @@ import pytest
 from slurm_cluster import Cluster, Job, Unavailable, cluster, read, wait_for
 from tiny import ROOT, assert_same_run, rows, settings
 
+from distill.targets.header import load_header
+from distill.targets.writer import finished
 from tests.corpora import multistream, page
 from tests.shard_folders import TOPICS
 
@@ -244,6 +246,55 @@ def test_sweep_of_another_size_than_its_array_is_refused(slurm: Cluster, tmp_pat
     wait_for(lambda: len(list(tmp_path.glob("*.log"))) == 3, "three logs")
     wait_for(lambda: not slurm.command("squeue", "--noheader"), "an empty queue")
     assert all("are 4 runs: submit with --array=0-3" in read(log) for log in tmp_path.glob("*.log"))
+
+
+SCORE = str(ROOT / "slurm/score.sbatch")
+
+
+def missing(targets: Path) -> list[int]:
+    """First samples of the shards that are not there."""
+    return [r.first for r in load_header(targets).ranges(0, STEPS * 8) if r.first not in finished(targets)]
+
+
+def test_tasks_of_an_array_score_one_folder_that_teaches_as_the_teacher_does(
+    slurm: Cluster, arguments: Callable[..., list[str]], calm: Path, submit: Submit, tmp_path: Path
+) -> None:
+    targets = tmp_path / "targets"
+    options = ["--out", str(targets), "--codec", "hidden", "--shard-samples", "50"]
+    scored = arguments(tmp_path / "none")
+    slurm.submit("--array=0-1", "--ntasks-per-node=2", SCORE, *scored, *options, folder=tmp_path)
+    logs = tmp_path.glob("*.log")
+    wait_for(
+        lambda: not slurm.command("squeue", "--noheader"), "both tasks", lambda: "\n".join(map(read, logs))
+    )
+    assert missing(targets) == [], "\n".join(map(read, tmp_path.glob("*.log")))
+    journals = [(targets / f"part-{i}-of-2.jsonl").read_text().splitlines() for i in range(2)]
+    assert abs(len(journals[0]) - len(journals[1])) <= 1
+    slurm.wait(submit(teacher__targets=str(targets)), "COMPLETED")
+    found, expected = (rows(folder / "run", "train") for folder in (tmp_path, calm))
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+
+
+def test_scoring_that_is_preempted_goes_back_into_the_queue_and_on_with_what_is_missing(
+    slurm: Cluster, arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    targets = tmp_path / "targets"
+    options = ["--out", str(targets), "--codec", "sampled", "--shard-samples", "1"]
+    job = slurm.submit("--nodes=2", SCORE, *arguments(tmp_path / "none"), *options, folder=tmp_path)
+    wait_for(lambda: targets.exists() and len(finished(targets)) > 20, "21 shards", lambda: read(job.log))
+    slurm.command("scancel", "--batch", "--signal=USR1", str(job.number))
+    slurm.wait(job, "COMPLETED")
+    assert slurm.restarts(job) == 1
+    assert "stopped by signal 10 after shard" in read(job.log)
+    assert missing(targets) == []
+    assert len((targets / "part-0-of-1.jsonl").read_text().splitlines()) == STEPS * 8  # none twice
+
+
+def test_scoring_by_a_part_of_an_array_is_refused(slurm: Cluster, tmp_path: Path) -> None:
+    slurm.submit("--array=1-2", SCORE, "a.yaml", "--out", "x", "--codec", "sampled", folder=tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("*.log"))) == 2, "two logs")
+    wait_for(lambda: not slurm.command("squeue", "--noheader"), "an empty queue")
+    assert all("must be 0-N, all of it" in read(log) for log in tmp_path.glob("*.log"))
 
 
 def test_dump_parts_are_extracted_by_an_array_and_joined_by_one_job(slurm: Cluster, tmp_path: Path) -> None:
