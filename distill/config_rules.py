@@ -72,8 +72,11 @@ READ_BY = {
 }
 
 
-# Terms that compare rows with each other; alone they don't say what the rows should be.
-COMPARING = {"ckd", "ckd_hidden", "relations"}
+# Terms on differences, ranks or the inside of the student: of themselves they leave its probabilities open.
+OPEN = {
+    "ckd", "ckd_hidden", "relations", "contrastive", "pearson", "spearman", "clkd", "cross_head", "hidden_cosine",
+    "hidden_square", "attention_kl", "curriculum", "dpk",
+}  # fmt: skip
 
 
 def check(config: Config) -> list[str]:
@@ -171,9 +174,10 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             for name, given in c.objective.settings.items()
         ],
         (
-            not (c.objective.weights.keys() & COMPARING) or bool(c.objective.weights.keys() - COMPARING),
-            f"objective.weights names only {' and '.join(c.objective.weights)}, by which what all rows have in common "
-            "stays open: add an anchor, e.g. forward_kl: 0.5",
+            not (c.objective.weights.keys() & OPEN)
+            or any(_highest(ramp) > 0 for name, ramp in c.objective.weights.items() if name not in OPEN),
+            f"objective.weights gives weight to {' and '.join(c.objective.weights.keys() & OPEN)} alone, which leaves "
+            "the student's probabilities open: add an anchor, e.g. forward_kl: 0.5 or hard: 0.1",
         ),
         *_speculation_rules(c),
         (
@@ -286,6 +290,10 @@ def _is_infinite_when_cold(objective: ObjectiveConfig) -> bool:
 
 def _lowest(ramp: Ramp) -> float:
     return min((p[-1] for p in ramp if p), default=math.inf) if isinstance(ramp, list) else ramp
+
+
+def _highest(ramp: Ramp) -> float:
+    return max((p[-1] for p in ramp if p), default=0.0) if isinstance(ramp, list) else ramp
 
 
 def _ramp_problems(ramp: Ramp) -> list[str]:

@@ -220,7 +220,11 @@ def test_key_or_value_that_is_not_understood_is_named(assignment: str, said: str
         (["objective.speculate_from=1.5"], "objective.speculate_from must lie in 0 to 1, got 1.5"),
         (["objective.speculate_top_k=0"], "objective.speculate_top_k must be above 0, got 0"),
         (["model.init_layers=[0, 2]"], "are layers of model.init_from, which is not set"),
-        (["teacher.trajectory=t", "objective.weights={ckd: 1}"], "add an anchor, e.g. forward_kl: 0.5"),
+        (["teacher.trajectory=t", "objective.weights={ckd: 1}"], "gives weight to ckd alone"),
+        (
+            ["teacher.trajectory=t", "objective.weights={dpk: 1, forward_kl: [[0, 0], [1, 0]]}"],
+            "gives weight to dpk alone, which leaves the student's probabilities open: add an anchor",
+        ),
         (["objective.settings={atkd: 3}"], "objective.settings.atkd must be {key: value}, got 3"),
         (["objective.weights={forward_kl: 1}"], "teacher.trajectory is not set"),
         (["teacher.trajectory=t", "objective.weights={hard: 1}"], "the teacher would run for nothing"),

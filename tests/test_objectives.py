@@ -15,6 +15,7 @@ from distill.data import IGNORE, attention, mask_tokens, next_tokens
 from distill.kernels import Head, divergence
 from distill.models import Inputs, Rows, build_model, counted_rows
 from distill.objectives import hard_labels, make_objective, weights_at
+from distill.objectives.terms import TERMS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and torch, about each other
 
@@ -79,6 +80,40 @@ def test_two_divergences_in_one_pass_are_refused() -> None:
         objective(weights={"jsd": 1.0, "hard": 1.0, "tvd": 1.0})(
             rows_of(logits(1)), rows_of(logits(2)), LABELS
         )
+
+
+def test_terms_are_added_with_their_weights_and_told_without_them() -> None:
+    weights = {"hard": 0.5, "rld": [[0, 0.0], [1, 2.0]], "double": 0.25}
+    found = objective(0.5, weights=weights)(rows_of(logits(1)), rows_of(logits(2)), LABELS)
+    plain = divergence(logits(1), logits(2), LABELS, soft_weight=0.0, hard_weight=0.5)
+    rld, double = found.terms_K.tolist()
+    assert found.loss.item() == pytest.approx(plain.loss.item() + 1.0 * rld + 0.25 * double, rel=1e-6)
+    assert found.soft.item() == pytest.approx(
+        plain.soft.item(), rel=1e-6
+    )  # told though nothing is learnt from it
+
+
+def test_divergence_is_told_without_a_gradient_where_no_fused_objective_is_named() -> None:
+    student = logits(1).requires_grad_()
+    found = objective(weights={"atkd": 1.0})(rows_of(student), rows_of(logits(2)), LABELS)
+    expected = divergence(logits(1), logits(2), LABELS)
+    for key in ("soft", "soft_ce", "num_correct", "num_rows"):
+        torch.testing.assert_close(getattr(found, key), getattr(expected, key))
+    assert found.loss.item() == pytest.approx(found.terms_K.item(), rel=1e-6)
+    assert torch.autograd.grad(found.loss, student)[0].abs().max() > 0
+
+
+def test_weight_of_zero_switches_a_term_off_that_is_infinite_and_tells_what_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    infinite = TERMS["rld"]._replace(function=lambda seen: seen.student.hidden_ND.sum() * torch.inf)
+    monkeypatch.setitem(TERMS, "rld", infinite)
+    student = logits(1).requires_grad_()
+    weights = {"hard": 1.0, "rld": [[0, 0.0], [1, 1.0]]}
+    found = objective(weights=weights)(rows_of(student), rows_of(logits(2)), LABELS)
+    assert torch.autograd.grad(found.loss, student)[0].isfinite().all()
+    assert found.loss.isfinite()
+    assert not found.terms_K.isfinite().any()
 
 
 def test_validation_is_hard_labels_whatever_trains() -> None:

@@ -73,8 +73,12 @@ class Objective:
             student, teacher, labels_N, sequence_N, self.vocab_size, self.config.chunk_rows, self.share,
             self.bucket_V, learned or {},
         )  # fmt: skip
-        sums = [TERMS[name].function(seen, **self.config.settings.get(name, {})) for name in names]
-        loss = fused.loss + sum(weights[name] * each for name, each in zip(names, sums, strict=True))
+        loss, sums = fused.loss, []
+        for name in names:
+            # A weight of 0 switches a term off, even where it is infinite; what it would be is logged.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and weights[name] != 0):
+                sums.append(TERMS[name].function(seen, **self.config.settings.get(name, {})))
+            loss = loss + weights[name] * sums[-1] if weights[name] else loss
         return Sums(loss, *fused[1:], torch.stack([each.detach().double() for each in sums]))
 
     def _fused(self, student: Rows, teacher: Any, labels_N: Tensor, weights: dict[str, float]) -> Divergence:

@@ -43,9 +43,9 @@ class Term(NamedTuple):
     """A sum over rows, and what it asks for.
 
     function: (Seen, **settings) -> 0-d tensor, a sum over the counted rows. help: one line, with the source.
-    needs: `layers`, `attentions` or a `mixed` run of both models, or `words`, how frequent each token is. stored: whether targets
-    that were stored with the label's probability and the rest's can serve it. learns: makes what is learnt beside
-    the student, of (width of the student, of the teacher).
+    needs: `layers`, `attentions` or a `mixed` run of both models, or `words`, how frequent each token is. stored:
+    whether targets that were stored with the label's probability and the rest's can serve it. learns: makes what is
+    learnt beside the student, of (width of the student, of the teacher).
     """
 
     function: Callable[..., Tensor]
@@ -211,7 +211,7 @@ def help_text() -> str:
     lines = [
         "objective.weights={NAME: WEIGHT, ...}: one of the first four, hard, and any number of the others.",
         "stored: stored targets with the label's probability and the rest's serve it too. live: it needs a live teacher.",
-        "(key=default) can be set: objective.settings={NAME: {key: value}}.",
+        "(key=default) can be set: objective.settings={NAME: {key: value}}. objective.temperature is of the first four alone.",
         "",
         "  forward_kl       KL(teacher || student), fused with hard (Hinton et al. 2015)   [live, stored]",
         "  reverse_kl       KL(student || teacher), fused (MiniLLM, ICLR 2024)   [live]",
