@@ -26,14 +26,13 @@ from distill.models import (
     DTYPES,
     build_model,
     check_split,
-    load_model,
     num_parameters,
-    pick_layers,
     quiet_transformers,
     show_attentions,
 )
 from distill.objectives import Objective
 from distill.objectives.terms import Gives, check_terms, learned_modules, needs_of
+from distill.pretrained import load_model, pick_layers
 from distill.probes.quality import word_buckets
 from distill.run_folder import Scheduled, read_schedule, store_schedule
 from distill.schedule import Schedule, follow_student, make_schedule, together

@@ -14,7 +14,8 @@ from distill.data import Samples
 from distill.engine import Student, saved_weights
 from distill.evaluate import validate, validation_samples
 from distill.intact import fault_of
-from distill.models import DTYPES, cast_parameters, load_model, quiet_transformers
+from distill.models import DTYPES, quiet_transformers
+from distill.pretrained import cast_parameters, load_model
 from distill.run_folder import CONFIG, saved_checkpoints
 
 

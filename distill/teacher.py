@@ -14,19 +14,9 @@ from distill.config import Config
 from distill.data import Batch
 from distill.distributed import World
 from distill.engine import own_part, partitioned
-from distill.models import (
-    DTYPES,
-    Inputs,
-    Rows,
-    Work,
-    check_split,
-    counted_rows,
-    empty_model,
-    hidden_width,
-    show_attentions,
-    work_of,
-)
+from distill.models import DTYPES, Inputs, Rows, Work, check_split, counted_rows, show_attentions, work_of
 from distill.objectives.terms import needs_of
+from distill.pretrained import empty_model, hidden_width
 from distill.schedule import Schedule
 from distill.trajectory.manifest import BadTrajectory, Manifest
 from distill.trajectory.stream import CheckpointStream, make_fetcher

@@ -14,7 +14,8 @@ from distill.config_reader import ConfigError
 from distill.data import Samples
 from distill.ensemble import pooled
 from distill.head import Head
-from distill.models import Rows, counted_rows, load_model
+from distill.models import Rows, counted_rows
+from distill.pretrained import load_model
 from distill.schedule import together
 
 POOLS = ("probs", "log_probs", "gold")

@@ -24,6 +24,7 @@ FLOORS = {
         "head",
         "hardware",
         "models",
+        "pretrained",
         "targets",
         "files",
         "signals",

@@ -21,10 +21,10 @@ from distill.models import (
     counted_rows,
     flops_per_step,
     head_of,
-    load_model,
     num_parameters,
     work_of,
 )
+from distill.pretrained import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and torch, about each other
 TASKS = {name: task for task, names in ARCHITECTURES.items() for name in names}

@@ -24,7 +24,7 @@ from distill.experiments.extreme_classification import (
     precision,
     report,
 )
-from distill.models import load_model
+from distill.pretrained import load_model
 
 SMALL = Setting(
     classes=30,

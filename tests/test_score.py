@@ -31,7 +31,8 @@ from tiny import (
 
 from distill.config_reader import ConfigError
 from distill.data import Samples
-from distill.models import counted_rows, load_model
+from distill.models import counted_rows
+from distill.pretrained import load_model
 from distill.run_folder import RunFolderError
 from distill.score import codec_for, score
 from distill.targets.codecs import make_codec

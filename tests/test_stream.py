@@ -33,7 +33,8 @@ from tiny import (
 import distill.build
 from distill.config import Config
 from distill.distributed import start
-from distill.models import DTYPES, Inputs, Rows, build_model, counted_rows, load_model
+from distill.models import DTYPES, Inputs, Rows, build_model, counted_rows
+from distill.pretrained import load_model
 from distill.teacher import Teacher
 from distill.train import train
 from distill.trajectory import store as store_module

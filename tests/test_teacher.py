@@ -17,7 +17,8 @@ from distill.build import build_run
 from distill.data import Batch
 from distill.distributed import start
 from distill.kernels import Head, divergence
-from distill.models import Inputs, Rows, build_model, counted_rows, load_model
+from distill.models import Inputs, Rows, build_model, counted_rows
+from distill.pretrained import load_model
 from distill.teacher import Teacher
 from distill.train import train
 from distill.trajectory.index import index_trajectory

@@ -26,7 +26,8 @@ from distill.experiments.arms import CommandFailed, run_command, save_results, t
 from distill.experiments.wiki_books import CONFIGS, prepare_data
 from distill.files import write_text
 from distill.metrics import METRICS, read_rows
-from distill.models import DTYPES, counted_rows, load_model, quiet_transformers
+from distill.models import DTYPES, counted_rows, quiet_transformers
+from distill.pretrained import load_model
 from distill.probes.quality import bucket_names, frequency_ranks, measure
 from distill.signals import Stopped, catch_stop_signals
 from distill.train import train

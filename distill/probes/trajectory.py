@@ -17,7 +17,8 @@ from distill.data import Samples
 from distill.distributed import World
 from distill.engine import own_part
 from distill.files import write_text
-from distill.models import empty_model, quiet_transformers
+from distill.models import quiet_transformers
+from distill.pretrained import empty_model
 from distill.probes.ngrams import choose_places, ngram_dependence
 from distill.probes.quality import chance, frequency_ranks, measure
 from distill.probes.report import bucket_table, plot, selector_table, table

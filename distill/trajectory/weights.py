@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.models import names_in_model
+from distill.pretrained import names_in_model
 from distill.trajectory.manifest import BadTrajectory
 from distill.trajectory.tensors import INDEX, TensorInfo, read_header, view_of
 
