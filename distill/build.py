@@ -19,12 +19,12 @@ from distill.distributed import World, agree_on_stop
 from distill.engine import Engine
 from distill.evaluate import validation_samples
 from distill.growing import Growing
+from distill.layer_picking import pick_layers
 from distill.models import (
     build_model,
     check_split,
     load_model,
     num_parameters,
-    pick_layers,
     quiet_transformers,
     show_attentions,
 )

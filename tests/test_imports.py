@@ -28,7 +28,7 @@ FLOORS = {
         "signals",
         "sample_order",
     },
-    1: {"kernels", "data", "engine", "metrics", "trajectory", "run_folder"},
+    1: {"kernels", "data", "engine", "metrics", "trajectory", "run_folder", "layer_picking"},
     2: {
         "objectives",
         "teacher",

@@ -11,7 +11,8 @@ from transformers import AutoModelForMaskedLM
 
 from distill.build import student_model
 from distill.data import Samples
-from distill.models import ARCHITECTURES, Inputs, build_model, counted_rows, mixed_embeddings, pick_layers
+from distill.layer_picking import pick_layers
+from distill.models import ARCHITECTURES, Inputs, build_model, counted_rows, mixed_embeddings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and torch, about each other
 SPECIALS = {f"{name}_token_id": i for i, name in enumerate(("pad", "unk", "bos", "eos", "cls", "sep"))}
