@@ -93,6 +93,10 @@ def is_at(run_dir: Path, step: int) -> Callable[[], bool]:
     )
 
 
+def logs_in(folder: Path) -> str:
+    return "\n".join(map(read, sorted(folder.glob("*.log"))))
+
+
 def rank_pid(job: Job, rank: int) -> int | None:
     """The process of a rank, as this machine numbers it."""
     wanted = {f"SLURM_JOB_ID={job.number}".encode(), f"SLURM_PROCID={rank}".encode()}
@@ -223,20 +227,17 @@ def test_bad_input_fails_at_once_with_its_sentence(slurm: Cluster, submit: Submi
 def test_sweep_runs_every_arm_with_every_seed(
     slurm: Cluster, arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    for arm, kind in {"late": "one_shot", "staged": "equal"}.items():
-        (tmp_path / f"{arm}.yaml").write_text(f"schedule: {{kind: {kind}}}\n")
+    for arm, schedule in {"late": "kind: one_shot", "staged": "kind: equal, num_stages: 2"}.items():
+        (tmp_path / f"{arm}.yaml").write_text(f"schedule: {{{schedule}}}\n")
     common = [
         a for a in arguments(tmp_path, steps=4, schedule__stages=[]) if not a.startswith("schedule.kind")
     ]
     arms = [f"{tmp_path}/late.yaml", f"{tmp_path}/staged.yaml"]
     script = str(ROOT / "slurm/sweep.sbatch")
     slurm.submit("--array=0-3", script, f"{tmp_path}/sweep", "5 6", *arms, "--", *common, folder=tmp_path)
-    logs = tmp_path.glob("*.log")
-    wait_for(
-        lambda: not slurm.command("squeue", "--noheader"), "all runs", lambda: "\n".join(map(read, logs))
-    )
+    wait_for(lambda: not slurm.command("squeue", "--noheader"), "all runs", lambda: logs_in(tmp_path))
     ended = sorted(p.parent.name for p in (tmp_path / "sweep").glob("*/result.json"))
-    assert ended == ["late-seed5", "late-seed6", "staged-seed5", "staged-seed6"]
+    assert ended == ["late-seed5", "late-seed6", "staged-seed5", "staged-seed6"], logs_in(tmp_path)
     assert "seed: 6" in (tmp_path / "sweep/staged-seed6/config.yaml").read_text()
 
 
@@ -308,9 +309,6 @@ def test_dump_parts_are_extracted_by_an_array_and_joined_by_one_job(slurm: Clust
     paths = [str(tmp_path / name) for name in ("part0.xml.bz2", "part1.xml.bz2", "books", "out")]
     job = slurm.submit(sizes, str(ROOT / "slurm/data_prep.sbatch"), *paths, folder=tmp_path)
     slurm.wait(job, "COMPLETED")
-    logs = tmp_path.glob("*.log")
-    wait_for(
-        lambda: not slurm.command("squeue", "--noheader"), "the merge", lambda: "\n".join(map(read, logs))
-    )
-    assert (tmp_path / "out/shards/index.json").exists(), "\n".join(map(read, tmp_path.glob("*.log")))
+    wait_for(lambda: not slurm.command("squeue", "--noheader"), "the merge", lambda: logs_in(tmp_path))
+    assert (tmp_path / "out/shards/index.json").exists(), logs_in(tmp_path)
     assert len(list((tmp_path / "out/wikipedia").glob("part-*/index.json"))) == 2
