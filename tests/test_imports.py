@@ -41,7 +41,7 @@ FLOORS = {
         "growing",
         "attempts",
     },
-    3: {"train", "score", "evaluate", "build", "accounting", "export"},
+    3: {"train", "score", "score_shards", "evaluate", "build", "accounting", "export"},
     4: {"experiments", "__main__"},
 }
 # Library -> the files (or folders) that may import it.
