@@ -45,7 +45,7 @@ FLOORS = {
         "attempts",
         "speculative",
     },
-    3: {"train", "score", "evaluate", "build", "accounting", "export"},
+    3: {"train", "score", "score_shards", "evaluate", "build", "accounting", "export"},
     4: {"experiments", "__main__"},
 }
 # Library -> the files (or folders) that may import it.

@@ -16,6 +16,7 @@ from data_prep.files import whole_file
 from distill.head import Head
 from distill.targets.header import BadTargets
 
+AGAIN = "delete it and run the same `distill score` command again"
 META = "head"  # in the file's metadata: JSON with the softcap and the sha256 of the tensors
 
 
@@ -40,16 +41,13 @@ def load_head(folder: Path, step: int, device: torch.device) -> Head:
             told = json.loads(file.metadata()[META])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise BadTargets(f"{path} can't be read ({error}): {_AGAIN}") from error
+        raise BadTargets(f"{path} can't be read ({error}): {AGAIN}") from error
     if (found := _digest(tensors)) != told["sha256"]:
         raise BadTargets(
-            f"{path} holds tensors of sha256 {found[:12]}, it says {told['sha256'][:12]}: {_AGAIN}"
+            f"{path} holds tensors of sha256 {found[:12]}, it says {told['sha256'][:12]}: {AGAIN}"
         )
     bias = tensors.get("bias")
     return Head(tensors["weight"].to(device), None if bias is None else bias.to(device), told["softcap"])
-
-
-_AGAIN = "delete it and run the same `distill score` command again"
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -24,6 +24,7 @@ from distill.targets.writer import member_name
 
 log = logging.getLogger(__name__)
 WAIT_SECONDS = 2.0  # between looks for a shard that is being scored
+AGAIN = "delete it and run the same `distill score` command again, which makes it anew"
 OPEN_SHARDS = 16  # each holds a file descriptor
 Targets = SparseTargets | Tensor  # hidden_ND where the codec keeps hidden states
 
@@ -125,12 +126,12 @@ class TargetReader:
         path = self.folder / place.name
         if (found := sha256_of(path)) not in {e.sha256 for e in self._entries[place.first]}:
             expected = self._entries[place.first][-1].sha256
-            raise BadTargets(f"{path} has sha256 {found[:12]}, its journal says {expected[:12]}: {_AGAIN}")
+            raise BadTargets(f"{path} has sha256 {found[:12]}, its journal says {expected[:12]}: {AGAIN}")
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         members = _members(content)
         if len(members) != len(place):
-            raise BadTargets(f"{path} holds {len(members)} samples, {len(place)} expected: {_AGAIN}")
+            raise BadTargets(f"{path} holds {len(members)} samples, {len(place)} expected: {AGAIN}")
         self._open[place.first] = (content, members)
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
@@ -153,10 +154,7 @@ class TargetReader:
         if not path.exists():
             raise BadTargets(f"{path} is missing: run the same `distill score` command again")
         if (size := path.stat().st_size) not in sizes:
-            raise BadTargets(f"{path} has {size} bytes, {sorted(sizes)} expected: {_AGAIN}")
-
-
-_AGAIN = "delete it and run the same `distill score` command again, which makes it anew"
+            raise BadTargets(f"{path} has {size} bytes, {sorted(sizes)} expected: {AGAIN}")
 
 
 def _members(content: mmap.mmap) -> list[Member]:
