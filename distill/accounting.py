@@ -44,6 +44,7 @@ class Window:
     def __init__(self, run: Run, state: TrainState) -> None:
         self.run = run
         self.tokens = state.window.get("tokens", 0.0)
+        self._timed_from = self.tokens  # what an earlier start trained on took none of this one's seconds
         stored = state.window if run.world.is_main else None  # it was summed over the ranks
         self._terms = term_names(run.config.objective)
         self.sums = Sums(run.world.device, stored, self._terms)
@@ -94,13 +95,15 @@ class Window:
             values["teacher_step"] = self.run.schedule.checkpoint_at(state.consumed - config.batch_size)
             values["temperature"] = ramp_at(config.objective.temperature, share)
         values |= {f"weight_{name}": weight for name, weight in weights_at(config.objective, share).items()}
-        met = (int(self.tokens), total["num_rows"], self.run.samples.sequence_length)
+        timed = self.tokens - self._timed_from
+        rows_timed = total["num_rows"] * timed / max(self.tokens, 1.0)
+        met = (int(timed), rows_timed, self.run.samples.sequence_length)
         flops = flops_per_step(self.run.engine.work, *met, backward=True)
         taught = self.run.teacher.work if self.run.teacher else None
         teacher_flops = flops_per_step(taught, *met, backward=False) if taught else 0.0
         values |= {
             "seconds": seconds,
-            "tokens_per_second": self.tokens / seconds,
+            "tokens_per_second": timed / seconds,
             "mfu": flops / seconds / self.peak,
             "mfu_with_teacher": (flops + teacher_flops) / seconds / self.peak,
             "teacher_share": teacher_seconds / seconds,
@@ -110,6 +113,6 @@ class Window:
             "storage_mb_per_node": max(read) / 1e6,
             "memory_peak_gib": max(peak),
         }
-        self.sums, self.tokens = Sums(self.run.world.device, terms=self._terms), 0.0
+        self.sums, self.tokens, self._timed_from = Sums(self.run.world.device, terms=self._terms), 0.0, 0.0
         self._restart_clocks()
         return values

@@ -6,9 +6,9 @@ Also the trajectory that a teacher run leaves, and the export of a model.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from distill.distributed import World, any_text, barrier, from_main
 from distill.engine import Engine
 from distill.files import publish_folder, write_text, writing
-from distill.intact import FILES, fault_of, file_sizes
+from distill.intact import FILES, fault_of, file_sizes, sealed, unsealed
 from distill.run_folder import STATE, checkpoint_folder, saved_checkpoints, step_of
 from distill.trajectory.manifest import describe
 from distill.trajectory.publish import Publisher
@@ -51,7 +51,7 @@ def save(folder: Path, engine: Engine, state: TrainState, data: str, world: Worl
     data: fingerprint of the samples it was trained on.
     """
     final = checkpoint_folder(folder, state.step)
-    if final.exists():
+    if from_main(int(world.is_main and (final / STATE).exists()), world):
         return
     temporary = final.with_suffix(".tmp")
     with writing(temporary, removes=world.is_main):
@@ -60,7 +60,7 @@ def save(folder: Path, engine: Engine, state: TrainState, data: str, world: Worl
     if world.is_main:
         written_by = {"world_size": world.size, "zero_stage": engine.zero_stage, "data": data}
         content = {**dataclasses.asdict(state), **written_by, FILES: file_sizes(temporary)}
-        write_text(temporary / STATE, json.dumps(content))
+        write_text(temporary / STATE, sealed(content))
         publish_folder(temporary, final)
         # One that a disk has spoilt is none of the newest: it must not push out the last that can be loaded.
         whole = [c for c in saved_checkpoints(folder) if not fault_of(c, contents=False)]
@@ -85,7 +85,7 @@ def resume(folder: Path, engine: Engine, data: str, world: World) -> TrainState:
     newest = _newest_whole(folder, world)
     if newest is None:
         return TrainState()
-    content = json.loads((newest / STATE).read_text(encoding="utf-8"))
+    content = unsealed(newest)
     content.pop(FILES, None)
     ranks, stage = content.pop("world_size"), content.pop("zero_stage", engine.zero_stage)
     if content.pop("data") != data:
@@ -103,10 +103,19 @@ def _newest_whole(folder: Path, world: World) -> Path | None:
     Rank 0 proposes, as another rank may not see the newest on a shared file system; all look for damage.
     """
     known = saved_checkpoints(folder) if world.is_main else []
-    damaged: dict[Path, str] = {}
+    there = (folder / "checkpoints").glob("step_????????") if world.is_main else []
+    damaged = {path: f"{STATE} is gone" for path in there if path not in known}
     while step := from_main(step_of(known.pop()) if known else 0, world):
         candidate = checkpoint_folder(folder, step)
-        fault = any_text(fault_of(candidate, world.rank, world.size), world)
+        fault, unreadable = "", ""
+        try:
+            _await(candidate / STATE)
+            fault = fault_of(candidate, world.rank, world.size)
+        except OSError as error:
+            unreadable = str(error)
+        if unreadable := any_text(unreadable, world):  # no proof of damage: a disk may answer again later
+            raise OSError(f"{candidate} can't be read: {unreadable}")
+        fault = any_text(fault, world)
         if not fault:
             if world.is_main:
                 _put_aside(damaged, candidate)
@@ -120,6 +129,13 @@ def _newest_whole(folder: Path, world: World) -> Path | None:
             "bring one back from a copy, or remove that folder to start from the beginning"
         )
     return None
+
+
+def _await(mark: Path, seconds: float = 60.0) -> None:
+    """Wait until this rank sees a file that rank 0 saw: a shared file system may be late."""
+    end = time.monotonic() + seconds
+    while not mark.exists() and time.monotonic() < end:
+        time.sleep(0.5)
 
 
 def _put_aside(damaged: dict[Path, str], good: Path) -> None:

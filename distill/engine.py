@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.config import Config
-from distill.distributed import World
+from distill.distributed import World, any_text
 from distill.head import Pooled
 from distill.kernels import Divergence, SparseTargets
 from distill.memory import BUCKET
@@ -197,7 +197,7 @@ class Engine:
 
         Collective. Raises ValueError if it can't be read.
         """
-        advice = "remove that folder to go on from an earlier checkpoint"
+        # No RuntimeError: that is memory or another rank, not the files, which were found whole.
         try:
             if (ranks, zero_stage) == (self.world.size, self.zero_stage):
                 loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
@@ -205,8 +205,10 @@ class Engine:
                     raise OSError("no engine state in it")
             else:
                 self._deal_anew(folder / TAG, ranks, zero_stage)
-        except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{folder} can't be read ({error}): {advice}") from error
+        except (OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{folder} can't be read ({error}): if its run was of another model or version, choose another run_dir"
+            ) from error
 
     @torch.no_grad()
     def _deal_anew(self, folder: Path, ranks: int, zero_stage: int) -> None:
@@ -214,14 +216,24 @@ class Engine:
         if self.world.is_main:
             layouts = (ranks, zero_stage, self.world.size, self.zero_stage)
             log.info("saved by %d rank(s) in ZeRO %d, dealt anew to %d rank(s) in ZeRO %d", *layouts)
-        files = ZeroFiles(folder, zero_stage, ranks, list(self._parameters)) if self.world.is_main else None
+        sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in self._parameters.items()}
+        files, fault = None, ""
+        if self.world.is_main:
+            try:
+                files = ZeroFiles(folder, zero_stage, ranks, list(sizes))
+                files.refuse_other(sizes)
+            except (OSError, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+                fault = str(error)
+        if fault := any_text(
+            fault, self.world
+        ):  # told by all ranks, or the others would wait for the first tensor
+            raise ValueError(fault)
         step = self._from_main(torch.tensor(files.step if files else 0.0))
         if self.zero_stage == 3:
             self._engine.optimizer.checkpoint_event_prologue()  # weights that are whole everywhere are split too
         self._make_moments(step)
         for name, parameter in self._parameters.items():
-            numel = getattr(parameter, "ds_numel", parameter.numel())
-            whole = files.whole(name, numel) if files else [torch.empty(numel) for _ in KEYS]
+            whole = files.whole(name, sizes[name]) if files else [torch.empty(sizes[name]) for _ in KEYS]
             for key, values in zip(KEYS, whole, strict=True):
                 self._set(parameter, key, self._from_main(values.float()))
         if self.zero_stage == 3:

@@ -6,7 +6,7 @@ is read and made whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,16 @@ class ZeroFiles:
         for name, parts in found:
             self._parts.setdefault(name, []).append(parts)
 
+    def refuse_other(self, sizes: Mapping[str, int]) -> None:
+        """Raises ValueError unless these parameters are there with so many numbers; padding may follow them."""
+        for name, numel in sizes.items():
+            found = sum(len(parts[0]) for parts in self._parts.get(name, []))
+            if found != numel and not numel <= found < numel + len(self._parts[name]):
+                raise ValueError(f"{self.folder} has {found} numbers of {name}, the model {numel}")
+
     def whole(self, name: str, numel: int) -> Parts:
-        """The parameter's `KEYS`, each flat and of `numel` fp32 numbers. Raises ValueError if it is not there."""
-        parts = self._parts.get(name, [])
-        whole = [torch.cat(of_ranks)[:numel] for of_ranks in zip(*parts, strict=True)]
-        if not whole or len(whole[0]) != numel:
-            found = len(whole[0]) if whole else 0
-            raise ValueError(f"{self.folder} has {found} numbers of {name}, the model {numel}")
-        return whole
+        """The parameter's `KEYS`, each flat and of `numel` fp32 numbers."""
+        return [torch.cat(of_ranks)[:numel] for of_ranks in zip(*self._parts[name], strict=True)]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -94,13 +96,18 @@ def _in_stages_1_and_2(optimizer: dict[str, Any]) -> Iterator[tuple[str, Parts]]
 def _in_stage_3(
     optimizer: dict[str, Any], shapes: list[dict[str, torch.Size]], ranks: int
 ) -> Iterator[tuple[str, Parts]]:
-    """Stage 3: each parameter is dealt over all ranks in equal parts, the last one padded; parts lie end to end."""
-    states = _states(optimizer)
-    for number, group in enumerate(shapes):
-        flats = (optimizer["fp32_flat_groups"][number], *_moments(states[number]))
-        start = 0
+    """Stage 3: each parameter is dealt over all ranks in equal parts, the last one padded; parts lie end to end.
+
+    They fill one flat tensor after another, `sub_group_size` numbers each, which no part straddles.
+    """
+    states, weights = _states(optimizer), optimizer["fp32_flat_groups"]
+    number, start = 0, 0
+    for group in shapes:
         for name, shape in group.items():
             numel = -(-shape.numel() // ranks)
+            if start == weights[number].numel():
+                number, start = number + 1, 0
+            flats = (weights[number], *_moments(states[number]))
             yield name, [flat.narrow(0, start, numel) for flat in flats]
             start += numel
 

@@ -45,10 +45,9 @@ def build(shards: Path, folder: Path, **changes: Any) -> Any:
     return build_run(config(shards, folder, **changes), start(), folder)
 
 
-def test_folder_without_its_mark_is_no_checkpoint(shards: Path, tmp_path: Path) -> None:
+def test_folder_that_was_cut_off_is_no_checkpoint(shards: Path, tmp_path: Path) -> None:
     run = build(shards, tmp_path / "run")
-    half = tmp_path / "run" / "checkpoints" / "step_00000005"
-    (half / "engine").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints").mkdir(exist_ok=True)
     cut_off = tmp_path / "run" / "checkpoints" / "step_00000007.tmp"
     cut_off.mkdir()
     (cut_off / "state.json").write_text("{}")
@@ -105,12 +104,37 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def flip_at(place: int) -> Callable[[Path], None]:
+    """Of what the file says of itself: where its records are, and how they are packed."""
+
+    def flip(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1
+        path.write_bytes(content)
+
+    return flip
+
+
+def another_digit(path: Path) -> None:
+    """Of the samples consumed: it stays good JSON."""
+    text = path.read_text()
+    path.write_text(re.sub(r'"consumed": (\d)', r'"consumed": 1\1', text, count=1))
+
+
 OPTIMIZER = "engine/zero_pp_rank_0_mp_rank_00_optim_states.pt"
 DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "cut off": (OPTIMIZER, cut_off, "optim_states.pt has 100 bytes, it was written with"),
     "empty": ("engine/mp_rank_00_model_states.pt", empty, "model_states.pt has 0 bytes, it was written with"),
     "gone": (OPTIMIZER, Path.unlink, "optim_states.pt has no bytes, it was written with"),
     "changed": (OPTIMIZER, flip_a_bit, "optim_states.pt has changed since it was written, in its record"),
+    "changed in its first bytes": (OPTIMIZER, flip_at(0), "optim_states.pt has changed since it was written"),
+    "changed in its last bytes": (OPTIMIZER, flip_at(-9), "optim_states.pt has changed since it was written"),
+    "mark gone": ("state.json", Path.unlink, "state.json is gone"),
+    "digit of the mark changed": (
+        "state.json",
+        another_digit,
+        "its content has changed since it was written",
+    ),
     "mark empty": ("state.json", empty, "state.json can't be read"),
     "mark cut off": ("state.json", cut_off, "state.json can't be read"),
 }

@@ -235,7 +235,7 @@ def test_no_rows_are_a_sum_of_zero_that_can_be_differentiated(name: str) -> None
 def test_stored_targets_can_not_serve_a_term_that_reads_hidden_states(name: str) -> None:
     if name == "clkd":
         pytest.skip("it would be served if targets kept the same classes of all rows")
-    with pytest.raises(ValueError, match="hidden states of a live teacher"):
+    with pytest.raises(ValueError, match="hidden states of one live teacher"):
         TERMS[name].function(seen_case(stored=True, learns=name))
 
 

@@ -259,6 +259,9 @@ def split_every_weight() -> None:
     def changed(*args: Any) -> dict[str, Any]:
         settings = plain(*args)
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        settings["zero_optimization"]["sub_group_size"] = (
+            3000  # several, as a model of more than 1e9 numbers has
+        )
         return settings
 
     engine.deepspeed_settings = changed
