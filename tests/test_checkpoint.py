@@ -104,12 +104,12 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def flip_at(place: int) -> Callable[[Path], None]:
-    """Of what the file says of itself: where its records are, and how they are packed."""
+def flip_after(mark: bytes, further: int) -> Callable[[Path], None]:
+    """Of what the file says of its records, so many bytes after the last such mark."""
 
     def flip(path: Path) -> None:
         content = bytearray(path.read_bytes())
-        content[place] ^= 1
+        content[content.rindex(mark) + further] ^= 1
         path.write_bytes(content)
 
     return flip
@@ -127,8 +127,17 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "empty": ("engine/mp_rank_00_model_states.pt", empty, "model_states.pt has 0 bytes, it was written with"),
     "gone": (OPTIMIZER, Path.unlink, "optim_states.pt has no bytes, it was written with"),
     "changed": (OPTIMIZER, flip_a_bit, "optim_states.pt has changed since it was written, in its record"),
-    "changed in its first bytes": (OPTIMIZER, flip_at(0), "optim_states.pt has changed since it was written"),
-    "changed in its last bytes": (OPTIMIZER, flip_at(-9), "optim_states.pt has changed since it was written"),
+    "record's head": (
+        OPTIMIZER,
+        flip_after(b"PK\x03\x04", 0),
+        "optim_states.pt has changed since it was written",
+    ),
+    "record's checksum": (OPTIMIZER, flip_after(b"PK\x01\x02", 16), "has changed since it was written"),
+    "record said to be encrypted": (
+        OPTIMIZER,
+        flip_after(b"PK\x01\x02", 8),
+        "has changed since it was written",
+    ),
     "mark gone": ("state.json", Path.unlink, "state.json is gone"),
     "digit of the mark changed": (
         "state.json",
