@@ -98,16 +98,23 @@ def logs_in(folder: Path) -> str:
 
 
 def rank_pid(job: Job, rank: int) -> int | None:
-    """The process of a rank, as this machine numbers it."""
+    """The process of a rank, as this machine numbers it; not srun's, which has rank 0's variables from its batch script."""
     wanted = {f"SLURM_JOB_ID={job.number}".encode(), f"SLURM_PROCID={rank}".encode()}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             in_job = wanted <= set((process / "environ").read_bytes().split(b"\0"))
-            if in_job and b"train" in (process / "cmdline").read_bytes().split(b"\0"):
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            if in_job and b"python" in command[0] and b"train" in command:
                 return int(process.name)
         except OSError:  # it has ended
             continue
     return None
+
+
+def strike(job: Job, rank: int, number: int) -> None:
+    pid = rank_pid(job, rank)
+    assert pid, f"rank {rank} is not there\n{read(job.log)}"  # 0 would be this process and its group
+    os.kill(pid, number)
 
 
 def test_two_nodes_distil_and_the_log_says_command_versions_and_nodes(calm: Path) -> None:
@@ -181,7 +188,7 @@ def test_rank_that_dies_ends_the_job_with_the_reason_and_the_next_start_goes_on(
 ) -> None:
     job = submit()
     wait_for(is_at(tmp_path / "run", 40), "step 40", lambda: read(job.log))
-    os.kill(rank_pid(job, 1) or 0, signal.SIGKILL)
+    strike(job, 1, signal.SIGKILL)
     wait_for(lambda: slurm.restarts(job) == 1, "the job's end", lambda: read(job.log))
     assert "task 1: Killed" in read(job.log)
     slurm.wait(job, "COMPLETED")
@@ -193,8 +200,8 @@ def test_rank_that_only_waits_for_a_dead_one_is_ended_after_45_seconds(
 ) -> None:
     job = submit()
     wait_for(is_at(tmp_path / "run", 40), "step 40", lambda: read(job.log))
-    os.kill(rank_pid(job, 0) or 0, signal.SIGSTOP)
-    os.kill(rank_pid(job, 1) or 0, signal.SIGKILL)
+    strike(job, 0, signal.SIGSTOP)
+    strike(job, 1, signal.SIGKILL)
     wait_for(lambda: slurm.restarts(job) == 1, "the job's end", lambda: read(job.log))
     assert "First task exited 45s ago" in read(job.log)
     slurm.wait(job, "COMPLETED")
@@ -211,7 +218,7 @@ def test_run_that_dies_twice_at_the_same_step_is_not_queued_a_third_time(
             "rank 1",
             lambda: read(job.log),
         )
-        os.kill(rank_pid(job, 1) or 0, signal.SIGKILL)
+        strike(job, 1, signal.SIGKILL)
     slurm.wait(job, "FAILED")
     assert slurm.restarts(job) == 1
     assert f"has started {tmp_path}/run 2 times from step 0 and saved nothing since" in read(job.log)
