@@ -23,7 +23,6 @@ from distill.files import write_text
 from distill.metrics import METRICS, read_rows
 from distill.run_folder import read_result
 
-
 # Digits behind the point in a table, by what a result's key starts with; 0 for others.
 DIGITS = {"hard": 3, "accuracy": 4, "minutes": 1, "ece": 3, "agreement": 3, "teacher_kl": 3, "cpu": 1}
 
