@@ -74,7 +74,9 @@ def test_run_killed_between_its_rows_goes_on_to_the_same_bits(
     assert_same_run(tmp_path / "run", tmp_path / "calm")
 
 
-@pytest.mark.parametrize(("ranks", "micro", "stage"), [(1, 2, 1), (2, 2, 2), (2, 4, 3)])
+@pytest.mark.parametrize(
+    ("ranks", "micro", "stage"), [(1, 2, 1), pytest.param(2, 2, 2, marks=pytest.mark.slow), (2, 4, 3)]
+)
 def test_row_wise_terms_do_not_depend_on_the_layout(
     ranks: int, micro: int, stage: int, ragged: Path, teacher_run: Path, tmp_path: Path
 ) -> None:

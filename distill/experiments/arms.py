@@ -25,6 +25,9 @@ from distill.files import write_text
 from distill.metrics import METRICS, read_rows
 from distill.run_folder import read_result
 
+# Digits behind the point in a table, by what a result's key starts with; 0 for others.
+DIGITS = {"hard": 3, "accuracy": 4, "minutes": 1, "ece": 3, "agreement": 3, "teacher_kl": 3, "cpu": 1}
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -133,21 +136,7 @@ def _cell(values: Sequence[float], key: str) -> str:
             if all(math.isinf(v) for v in values)
             else f"reached by {sum(map(math.isfinite, values))} of {len(values)}"
         )
-    digits = next(
-        (
-            n
-            for start, n in {
-                "hard": 3,
-                "accuracy": 4,
-                "minutes": 1,
-                "ece": 3,
-                "agreement": 3,
-                "teacher_kl": 3,
-            }.items()
-            if key.startswith(start)
-        ),
-        0,
-    )
+    digits = next((n for start, n in DIGITS.items() if key.startswith(start)), 0)
     mean, spread = mean_and_spread(values)
     return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
 
