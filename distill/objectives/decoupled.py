@@ -70,7 +70,8 @@ def rld(
     the label and every class that the teacher holds for at least as likely; both sides are renormalised.
     alpha = confidence, beta = others, Ta = confidence_temperature, T = temperature. The paper's defaults for images
     are 1, 8, 1 and 4. The rest of stored targets is no class: never the largest, never masked, as each class of it lies
-    below those that were kept. Where the label is none of these only the rest survives, and the second part is 0.
+    below those that were kept, and both temperatures must be 1. Where the label is none of these only the rest
+    survives, and the second part is 0.
     Source: RLD, ICCV 2025 (2408.07703), and its code.
     """
 
