@@ -231,6 +231,23 @@ def test_no_rows_are_a_sum_of_zero_that_can_be_differentiated(name: str) -> None
     torch.autograd.grad(value, seen.student.hidden_ND, allow_unused=True)
 
 
+@pytest.mark.parametrize("num_rows", [0, 1, 300, 600])
+@pytest.mark.parametrize("name", [name for name, term in TERMS.items() if term.learns])
+def test_what_is_learned_is_called_as_often_on_every_rank_and_has_a_gradient(
+    name: str, num_rows: int
+) -> None:
+    """Of ZeRO-3 each call is a collective; of a rank with no or few rows no parameter may lack its gradient."""
+    seen, calls = seen_case(num_rows, learns=name), []
+    for module in seen.learned[name].modules():
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    value = TERMS[name].function(seen)
+    layers = 2 if name == "hidden_square" else 1  # one module for all layers of the student
+    assert all(calls.count(module) == layers for module in seen.learned[name].modules())
+    for gradient in torch.autograd.grad(value, list(seen.learned[name].parameters())):
+        assert gradient.isfinite().all()
+        assert num_rows or not gradient.any()
+
+
 @pytest.mark.parametrize("name", [name for name, term in TERMS.items() if not term.stored])
 def test_stored_targets_can_not_serve_a_term_that_reads_hidden_states(name: str) -> None:
     if name == "clkd":
