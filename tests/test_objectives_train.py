@@ -159,6 +159,10 @@ def test_every_source_is_in_the_docstring() -> None:
         ({"ckd": 1.0}, {"ckd": {"group": 1}}, "must be at least 2, got 1"),
         ({"ckd": 1.0}, {"ckd": {"temperature": "warm"}}, "must be like its default 4.0, got 'warm'"),
         ({"gate": 1.0}, {"gate": {"slope": -1}}, "must be at least 0, got -1"),
+        ({"gate": 1.0}, {"gate": {"slope": float("nan")}}, "slope must be finite, got nan"),
+        ({"ckd": 1.0}, {"ckd": {"temperature": float("inf")}}, "temperature must be finite, got inf"),
+        ({"atkd": 1.0}, {"atkd": {"easy_share": 1.5}}, "easy_share must be at most 1, got 1.5"),
+        ({"curriculum": 1.0}, {"curriculum": {"until": 2.0}}, "until must be at most 1, got 2.0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(weights: Any, given: Any, said: str) -> None:
