@@ -148,6 +148,11 @@ def test_layers_are_paired_evenly_and_end_on_the_last() -> None:
     assert pairs(4, 3)[-1] == (4, 3)
 
 
+def test_student_deeper_than_its_teacher_meets_no_layer_0() -> None:
+    assert pairs(4, 2) == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    assert pairs(6, 2) == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
+
+
 def test_prior_knowledge_is_what_the_student_lacks() -> None:
     """A student whose states are the teacher's turned is given nothing, one that is unrelated nearly all."""
     one = torch.randn(400, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -252,7 +257,7 @@ def test_what_is_learned_is_called_as_often_on_every_rank_and_has_a_gradient(
 def test_stored_targets_can_not_serve_a_term_that_reads_hidden_states(name: str) -> None:
     if name == "clkd":
         pytest.skip("it would be served if targets kept the same classes of all rows")
-    with pytest.raises(ValueError, match="hidden states of a live teacher"):
+    with pytest.raises(ValueError, match="hidden states of one live teacher"):
         TERMS[name].function(seen_case(stored=True, learns=name))
 
 

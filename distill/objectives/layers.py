@@ -1,7 +1,7 @@
 """Hidden states and attentions of the teacher's layers, for a live teacher.
 
-The student's layer l of S stands beside the teacher's layer round(l T / S) of T. Hidden states are those of the counted
-rows alone. Their memory is kept for the whole backward pass: (S + T) N D numbers.
+The student's layer l of S stands beside the teacher's layer l T / S of T, rounded with halves up, the first at least.
+Hidden states are those of the counted rows alone. Their memory is kept for the whole backward pass: (S + T) N D numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def projection_if_needed(student_width: int, teacher_width: int) -> nn.Module:
 
 def pairs(num_student: int, num_teacher: int) -> list[tuple[int, int]]:
     """(layer of the student, layer of the teacher) from 1, both evenly."""
-    return [(i, round(i * num_teacher / num_student)) for i in range(1, num_student + 1)]
+    return [
+        (i, max(1, (2 * i * num_teacher + num_student) // (2 * num_student)))
+        for i in range(1, num_student + 1)
+    ]
 
 
 def paired_layers(seen: Seen) -> list[tuple[Tensor, Tensor]]:
