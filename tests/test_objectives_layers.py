@@ -101,7 +101,7 @@ def contrastive(seen: Seen) -> Tensor:
     for i in range(number):
         crossed = softmax([scale[0] * cosine(s[i], t[j]) for j in range(number)])  # type: ignore
         own = [x.detach() for x in softmax([scale[0] * cosine(t[i], t[j]) for j in range(number)])]  # type: ignore
-        found = found - crossed[i].log() + 0.5 * kl(own, crossed)
+        found = found - crossed[i].log() + 0.5 * kl(crossed, own)
     return found
 
 

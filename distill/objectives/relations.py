@@ -61,7 +61,7 @@ class Aligner(nn.Module):
 
 
 def contrastive(seen: Seen, *, consistency: float = 1.0) -> Tensor:
-    """sum_i -log softmax_j( a cos(P s_i, t_j) + b )_i + w KL( softmax_j a cos(t_i, t_j) || softmax_j a cos(P s_i, t_j) ).
+    """sum_i -log softmax_j( a cos(P s_i, t_j) + b )_i + w KL( softmax_j a cos(P s_i, t_j) || softmax_j a cos(t_i, t_j) ).
 
     P, a, b are learned beside the student, the teacher's side of the second part carries no gradient; w = consistency.
     Source: discriminative and consistent distillation (2407.11802), without a memory of other batches. b has no effect
@@ -71,7 +71,7 @@ def contrastive(seen: Seen, *, consistency: float = 1.0) -> Tensor:
     def of_block(student_NE: Tensor, teacher_NE: Tensor, unit_NE: Tensor) -> Tensor:
         crossed_NN = (student_NE @ unit_NE.T).log_softmax(1)
         own_NN = (teacher_NE @ unit_NE.T).detach().log_softmax(1)
-        return consistency * kl(own_NN, crossed_NN).sum() - crossed_NN.diagonal().sum()
+        return consistency * kl(crossed_NN, own_NN).sum() - crossed_NN.diagonal().sum()
 
     return in_blocks(of_block, *seen.learned["contrastive"](seen.student.hidden_ND, seen.live.hidden_ND))
 
