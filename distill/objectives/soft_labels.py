@@ -74,7 +74,7 @@ def refuse_unserved(config: ObjectiveConfig, codec: Codec, where: str) -> None:
     if kind not in (None, FROM_FEW_CLASSES):
         raise ValueError(
             f"objective.weights names {kind}, which needs the teacher's whole distribution; the targets in {where} are cut "
-            f"({codec}) and serve {FROM_FEW_CLASSES} and {HARD}: use these, or score with --codec hidden"
+            f"({codec}) and serve of the fused ones {FROM_FEW_CLASSES} and {HARD}: use these, or score with --codec hidden"
         )
     terms = [name for name in config.weights if name not in FUSED]
     if terms and codec.temperature != 1:
