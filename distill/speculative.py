@@ -6,6 +6,8 @@ no text that the teacher would find absurd. A causal model's question becomes it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -25,7 +27,8 @@ def continued(
     A token that is not among the teacher's `kept` likeliest after the same words is replaced by one that the teacher
     draws; both draw at temperature 1, never padding. Rows that count are those that predict the new tokens, labels
     the tokens themselves: what a divergence from the teacher is taken on. kept = vocab_size keeps all that the student
-    says. A micro-batch with an attention mask (one with padding) stays as it is. Costs L / 2 short forward passes of
+    says. Both speak in evaluation mode: no dropout, and caches, which activation checkpointing drops in training.
+    A micro-batch with an attention mask (one with padding) stays as it is. Costs L / 2 short forward passes of
     both models, with caches.
     """
     ids_BL, mask, _ = batch.inputs
@@ -34,13 +37,14 @@ def continued(
     ids_BL, length = ids_BL.clone(), ids_BL.shape[1]
     start = length // 2
     models = [_Speaker(student, vocab_size, pad_id), _Speaker(teacher, vocab_size, pad_id)]
-    for position in range(start, length):
-        fresh_BT = ids_BL[:, :start] if position == start else ids_BL[:, position - 1 : position]
-        own_BV, other_BV = (speaker.say(fresh_BT) for speaker in models)
-        proposed_B1 = own_BV.softmax(1).multinomial(1)
-        better_B1 = other_BV.softmax(1).multinomial(1)
-        is_fine_B1 = (other_BV.topk(kept, dim=1).indices == proposed_B1).any(1, keepdim=True)
-        ids_BL[:, position : position + 1] = torch.where(is_fine_B1, proposed_B1, better_B1)
+    with in_evaluation(student), in_evaluation(teacher):
+        for position in range(start, length):
+            fresh_BT = ids_BL[:, :start] if position == start else ids_BL[:, position - 1 : position]
+            own_BV, other_BV = (speaker.say(fresh_BT) for speaker in models)
+            proposed_B1 = own_BV.softmax(1).multinomial(1)
+            better_B1 = other_BV.softmax(1).multinomial(1)
+            is_fine_B1 = (other_BV.topk(kept, dim=1).indices == proposed_B1).any(1, keepdim=True)
+            ids_BL[:, position : position + 1] = torch.where(is_fine_B1, proposed_B1, better_B1)
     rows_BT = torch.arange(len(ids_BL), device=ids_BL.device)[:, None] * length + torch.arange(
         start - 1, length - 1, device=ids_BL.device
     )
@@ -50,6 +54,17 @@ def continued(
         rows_N=rows_BT.flatten(),
         labels_N=ids_BL[:, start:].flatten(),
     )
+
+
+@contextmanager
+def in_evaluation(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class _Speaker:

@@ -87,6 +87,19 @@ def stored_targets(teacher: Rows, labels_N: Tensor) -> SparseTargets:
     return SparseTargets(ids_NK, probs_NK, 1 - probs_NK.sum(1), p_NV.gather(1, labels_N[:, None]).squeeze(1))
 
 
+def with_heavy_tail(seen: Seen) -> Seen:
+    """Two kept classes a row, less likely together than all others; the label is one of them in every second row."""
+    labels_N = seen.labels_N
+    ids_NK = torch.stack(
+        [torch.where(torch.arange(len(labels_N)) % 2 == 0, labels_N, (labels_N + 2) % V), (labels_N + 1) % V],
+        1,
+    )
+    probs_NK = torch.tensor([[0.3, 0.1]], dtype=torch.float64).expand(len(labels_N), 2)
+    tail_N = torch.full((len(labels_N),), 0.6, dtype=torch.float64)
+    gold_N = torch.where(torch.arange(len(labels_N)) % 2 == 0, probs_NK[:, 0], 0.05)
+    return replace(seen, teacher=SparseTargets(ids_NK, probs_NK, tail_N, gold_N))
+
+
 def probabilities(rows: Rows) -> Tensor:
     """[N, V] by the definition of the softmax."""
     e_NV = (rows.hidden_ND @ rows.head.weight_VD[:V].T + rows.head.bias_V[:V]).exp()  # type: ignore[index]
@@ -106,9 +119,12 @@ class Row:
     def others(self) -> list[int]:
         return [k for k in range(len(self.ids)) if k != self.gold]
 
+    @property
+    def classes(self) -> list[int]:
+        return [k for k, c in enumerate(self.ids) if c >= 0]
+
     def likeliest(self, number: int) -> list[int]:
-        kept = [k for k, c in enumerate(self.ids) if c >= 0]
-        return sorted(kept, key=lambda k: -float(self.teacher[k]))[:number]
+        return sorted(self.classes, key=lambda k: -float(self.teacher[k]))[:number]
 
 
 def rows_in(seen: Seen) -> list[Row]:

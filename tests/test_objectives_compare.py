@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from term_case import Row, V, assert_follows, probabilities, rows_in, seen_case
+from term_case import Row, V, assert_follows, probabilities, rows_in, seen_case, with_heavy_tail
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
@@ -103,9 +103,10 @@ def test_all_pairs_of_squared_differences_are_centred_matching() -> None:
 def double(seen: Seen) -> Tensor:
     found = ZERO
     for row in rows_in(seen):
-        for y, p in enumerate(row.teacher):
+        for y in row.classes:
+            p = row.teacher[y]
             against = [
-                (1 - q) * s / row.student[y]
+                (1 - q if k in row.classes else 1) * s / row.student[y]
                 for k, (q, s) in enumerate(zip(row.teacher, row.student, strict=True))
                 if k != y
             ]
@@ -158,6 +159,16 @@ def test_double_distillation_follows_the_equation(
     name: str, expected: Callable[[Seen], Tensor], settings: dict[str, int], num_rows: int, stored: bool
 ) -> None:
     assert_follows(name, expected, seen_case(num_rows, stored=stored), rtol=1e-8, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "settings"),
+    [("double", double, {}), ("double_pairs", double_pairs(3), {"classes": 3})],
+)
+def test_rest_of_the_vocabulary_is_no_positive_and_a_full_negative(
+    name: str, expected: Callable[[Seen], Tensor], settings: dict[str, int]
+) -> None:
+    assert_follows(name, expected, with_heavy_tail(seen_case()), rtol=1e-8, **settings)
 
 
 def random_logits(seed: int) -> Tensor:

@@ -101,7 +101,7 @@ def contrastive(seen: Seen) -> Tensor:
     for i in range(number):
         crossed = softmax([scale[0] * cosine(s[i], t[j]) for j in range(number)])  # type: ignore
         own = [x.detach() for x in softmax([scale[0] * cosine(t[i], t[j]) for j in range(number)])]  # type: ignore
-        found = found - crossed[i].log() + 0.5 * kl(own, crossed)
+        found = found - crossed[i].log() + 0.5 * kl(crossed, own)
     return found
 
 
@@ -146,6 +146,11 @@ def test_layers_are_paired_evenly_and_end_on_the_last() -> None:
     assert pairs(3, 12) == [(1, 4), (2, 8), (3, 12)]
     assert pairs(2, 2) == [(1, 1), (2, 2)]
     assert pairs(4, 3)[-1] == (4, 3)
+
+
+def test_student_deeper_than_its_teacher_meets_no_layer_0() -> None:
+    assert pairs(4, 2) == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    assert pairs(6, 2) == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
 
 
 def test_prior_knowledge_is_what_the_student_lacks() -> None:
@@ -229,6 +234,23 @@ def test_no_rows_are_a_sum_of_zero_that_can_be_differentiated(name: str) -> None
     assert float(value.detach()) == 0
     assert value.requires_grad
     torch.autograd.grad(value, seen.student.hidden_ND, allow_unused=True)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 300, 600])
+@pytest.mark.parametrize("name", [name for name, term in TERMS.items() if term.learns])
+def test_what_is_learned_is_called_as_often_on_every_rank_and_has_a_gradient(
+    name: str, num_rows: int
+) -> None:
+    """Of ZeRO-3 each call is a collective; of a rank with no or few rows no parameter may lack its gradient."""
+    seen, calls = seen_case(num_rows, learns=name), []
+    for module in seen.learned[name].modules():
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    value = TERMS[name].function(seen)
+    layers = 2 if name == "hidden_square" else 1  # one module for all layers of the student
+    assert all(calls.count(module) == layers for module in seen.learned[name].modules())
+    for gradient in torch.autograd.grad(value, list(seen.learned[name].parameters())):
+        assert gradient.isfinite().all()
+        assert num_rows or not gradient.any()
 
 
 @pytest.mark.parametrize("name", [name for name, term in TERMS.items() if not term.stored])

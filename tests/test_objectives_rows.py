@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from term_case import STORED, Row, assert_follows, rows_in, seen_case
+from term_case import STORED, Row, assert_follows, rows_in, seen_case, with_heavy_tail
 from torch import Tensor
 
 from distill.objectives.seen import Seen
@@ -58,9 +58,10 @@ def rld(alpha: float, beta: float, t: float, ta: float) -> Callable[[Seen], Tens
     def expected(seen: Seen) -> Tensor:
         found = []
         for row in rows_in(seen):
-            top, own = max(warm(row.teacher, ta), key=float), warm(row.student, ta)[row.gold]
+            top, own = warm(row.teacher, ta)[row.likeliest(1)[0]], warm(row.student, ta)[row.gold]
             found.append(alpha * ta**2 * kl([top, 1 - top], [own, 1 - own]))
-            kept = [k for k in row.others if row.teacher[k] < row.teacher[row.gold]]
+            gold = row.teacher[row.gold]
+            kept = [k for k in row.others if k not in row.classes or row.teacher[k] < gold]
             if kept:
                 both = (warm([x[k] for k in kept], t) for x in (row.teacher, row.student))
                 found.append(beta * t**2 * kl(*both))
@@ -112,7 +113,7 @@ def gate(slope: float) -> Callable[[Seen], Tensor]:
         for row, sequence in zip(rows, sequences, strict=True):
             same = [h for h, s in zip(entropy, sequences, strict=True) if s == sequence]
             g = 1 / (1 + math.exp(-slope * (sum(entropy) / len(entropy) - sum(same) / len(same))))
-            best = max(range(len(row.ids)), key=lambda k: float(row.teacher[k]))
+            best = row.likeliest(1)[0]
             found.append(g * kl(row.teacher, row.student) - (1 - g) * row.student[best].log())
         return total(found)
 
@@ -123,7 +124,10 @@ def margins(seen: Seen) -> list[tuple[Row, float]]:
     """Each row with the mean margin of its bucket."""
     rows = rows_in(seen)
     bucket = [int(seen.bucket_V[row.ids[row.gold]]) for row in rows]  # type: ignore[index]
-    own = [float(row.teacher[row.gold]) - max(float(row.teacher[k]) for k in row.others) for row in rows]
+    own = []
+    for row in rows:
+        wrong = [float(row.teacher[k]) for k in row.classes if k != row.gold]
+        own.append(float(row.teacher[row.gold]) - max(wrong, default=0.0))
     means = {b: [m for m, c in zip(own, bucket, strict=True) if c == b] for b in bucket}
     return [(row, sum(means[b]) / len(means[b])) for row, b in zip(rows, bucket, strict=True)]
 
@@ -179,6 +183,12 @@ EQUATIONS = {
 def test_term_and_its_gradient_follow_the_equation(name: str, num_rows: int, stored: bool) -> None:
     expected, settings = EQUATIONS[name]
     assert_follows(name, expected, seen_case(num_rows, stored=stored), **settings)
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_rest_of_the_vocabulary_is_no_class_however_heavy(name: str) -> None:
+    expected, settings = EQUATIONS[name]
+    assert_follows(name, expected, with_heavy_tail(seen_case()), **settings)
 
 
 def test_temperatures_of_rld_follow_the_equation() -> None:

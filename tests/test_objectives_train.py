@@ -24,7 +24,9 @@ from tiny import (
 
 from distill.config import TERMS as NAMES
 from distill.config import ObjectiveConfig
+from distill.objectives.soft_labels import refuse_unserved
 from distill.objectives.terms import TERMS, check_terms, help_text, learned_modules, needs_of, settings_of
+from distill.targets.codecs import make_codec
 from distill.train import train
 
 WEIGHTS = {"forward_kl": 0.5, "hard": 0.1}
@@ -159,6 +161,10 @@ def test_every_source_is_in_the_docstring() -> None:
         ({"ckd": 1.0}, {"ckd": {"group": 1}}, "must be at least 2, got 1"),
         ({"ckd": 1.0}, {"ckd": {"temperature": "warm"}}, "must be like its default 4.0, got 'warm'"),
         ({"gate": 1.0}, {"gate": {"slope": -1}}, "must be at least 0, got -1"),
+        ({"gate": 1.0}, {"gate": {"slope": float("nan")}}, "slope must be finite, got nan"),
+        ({"ckd": 1.0}, {"ckd": {"temperature": float("inf")}}, "temperature must be finite, got inf"),
+        ({"atkd": 1.0}, {"atkd": {"easy_share": 1.5}}, "easy_share must be at most 1, got 1.5"),
+        ({"curriculum": 1.0}, {"curriculum": {"until": 2.0}}, "until must be at most 1, got 2.0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(weights: Any, given: Any, said: str) -> None:
@@ -179,6 +185,36 @@ def test_term_that_stored_targets_can_not_serve_is_refused_with_those_they_can()
         check_terms(ObjectiveConfig(weights={"attention_kl": 1.0}), 128, "hidden", "stored")
     with pytest.raises(ValueError, match="weights.atkd needs more"):
         check_terms(ObjectiveConfig(weights={"atkd": 1.0}), 128, "draws", "drawn")
+
+
+@pytest.mark.parametrize(
+    ("made_at", "name", "settings", "said"),
+    [
+        (
+            2.0,
+            "atkd",
+            {},
+            "names atkd, for which the teacher speaks at temperature 1.* made at 2.0: score at 1",
+        ),
+        (1.0, "rld", {"temperature": 4.0}, "settings.rld.temperature is 4.0, but .* are cut"),
+        (
+            1.0,
+            "rld",
+            {"confidence_temperature": 2},
+            "settings.rld.confidence_temperature is 2, but .* are cut",
+        ),
+    ],
+)
+def test_terms_on_cut_targets_are_refused_at_temperatures_other_than_1(
+    made_at: float, name: str, settings: dict[str, float], said: str
+) -> None:
+    weights = {"forward_kl": 1.0, name: 1.0}
+    objective = ObjectiveConfig(weights=weights, settings={name: settings}, temperature=made_at)
+    with pytest.raises(ValueError, match=said):
+        refuse_unserved(objective, make_codec("top_k", made_at), "here")
+    refuse_unserved(objective, make_codec("hidden", made_at), "here")
+    plain = ObjectiveConfig(weights={"forward_kl": 1.0}, temperature=made_at)
+    refuse_unserved(plain, make_codec("top_k", made_at), "here")
 
 
 @pytest.mark.filterwarnings("ignore")  # of DeepSpeed and torch, about each other

@@ -83,6 +83,15 @@ def test_sure_student_that_the_teacher_may_not_contradict_is_taken_at_its_word(a
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_student_in_training_with_activation_checkpointing_hears_all_that_it_said(architecture: str) -> None:
+    student = model(architecture, 1, loud=1e5).train()
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+    found = go_on(student, model(architecture, 2), VOCABULARY)
+    assert student.training
+    assert int(ranks(student.eval(), found).max()) == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_token_is_among_the_teachers_kept_ones_or_its_own(architecture: str) -> None:
     """A sure teacher draws its first choice: then all tokens rank below what is kept, and some of them first."""
     student, teacher = model(architecture, 1, loud=1.0), model(architecture, 2, loud=1e5)

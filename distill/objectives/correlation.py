@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distill.objectives.seen import ABSENT, Buckets, Seen, buckets, over_rows
+from distill.objectives.seen import ABSENT, Buckets, Seen, buckets, of_classes, over_rows
 
 
 def pearson(seen: Seen, *, classes: int = 64) -> Tensor:
@@ -69,9 +69,7 @@ def correlation(one_CK: Tensor, other_CK: Tensor, here_CK: Tensor) -> Tensor:
 
 def _likeliest(rows: Buckets, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """(student, teacher, whether there) [C, k] at the teacher's likeliest classes; the rest is no class."""
-    teacher_CK = rows.teacher_CK
-    if rows.ids_CK is not None:
-        teacher_CK = teacher_CK.masked_fill(rows.ids_CK < 0, ABSENT)
+    teacher_CK = of_classes(rows.teacher_CK, rows.ids_CK)
     top_Ck, which_Ck = teacher_CK.topk(min(number, teacher_CK.shape[1]), dim=1)
     return rows.student_CK.gather(1, which_Ck), top_Ck, top_Ck > ABSENT / 2
 

@@ -13,6 +13,7 @@ from distill.objectives.seen import (
     binary_kl,
     is_gold,
     kl,
+    of_classes,
     of_gold,
     over_rows,
     renormalised,
@@ -68,19 +69,21 @@ def rld(
     KL2 compares (the teacher's largest probability, rest) with (the student's of the label, rest). The mask drops
     the label and every class that the teacher holds for at least as likely; both sides are renormalised.
     alpha = confidence, beta = others, Ta = confidence_temperature, T = temperature. The paper's defaults for images
-    are 1, 8, 1 and 4. Where the label is no kept class of stored targets only their rest survives the mask, and the
-    second part is 0.
+    are 1, 8, 1 and 4. The rest of stored targets is no class: never the largest, never masked, as each class of it lies
+    below those that were kept, and both temperatures must be 1. Where the label is none of these only the rest
+    survives, and the second part is 0.
     Source: RLD, ICCV 2025 (2408.07703), and its code.
     """
 
     def of_rows(rows: Buckets) -> Tensor:
         sure_CK, own_CK = (tempered(x, confidence_temperature) for x in (rows.teacher_CK, rows.student_CK))
-        top_C, which_C = sure_CK.max(1)
+        top_C, which_C = of_classes(sure_CK, rows.ids_CK).max(1)
         is_top_CK = torch.zeros_like(sure_CK, dtype=torch.bool).scatter(1, which_C[:, None], True)
         rest_C = sure_CK.masked_fill(is_top_CK, ABSENT).logsumexp(1)
         own_rest_C = own_CK.masked_fill(is_gold(rows), ABSENT).logsumexp(1)
         part_C = binary_kl(top_C, of_gold(own_CK, rows.gold_C), rest_C, own_rest_C)
-        dropped_CK = rows.teacher_CK >= of_gold(rows.teacher_CK, rows.gold_C)[:, None]
+        of_gold_C1 = of_gold(rows.teacher_CK, rows.gold_C)[:, None]
+        dropped_CK = of_classes(rows.teacher_CK, rows.ids_CK) >= of_gold_C1
         teacher_CK, student_CK = (
             tempered(x.masked_fill(dropped_CK, ABSENT), temperature)
             for x in (rows.teacher_CK, rows.student_CK)

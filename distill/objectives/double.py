@@ -16,9 +16,9 @@ from torch.nn.functional import softplus
 from distill.objectives.seen import (
     ABSENT,
     Buckets,
-    Said,
     Seen,
     logits_at,
+    of_classes,
     over_chunks,
     over_rows,
     teacher_buckets,
@@ -29,9 +29,14 @@ def double(seen: Seen) -> Tensor:
     """sum_n sum_y p_t(y) log( 1 + sum_{y' != y} (1 - p_t(y')) exp(f_y' - f_y) ).
 
     One pass: the inner sum and 1 are exp(-f_y) ( p_t(y) e^f_y + sum_y' (1 - p_t(y')) e^f_y' ). A one-hot teacher
-    makes it cross-entropy. Source: the idea in 2005.10419; this equation is recalled and derived [R].
+    makes it cross-entropy. The rest of stored targets is no y, and a y' of weight 1: it holds many classes, each of
+    little probability. Source: the idea in 2005.10419; this equation is recalled and derived [R].
     """
-    return over_rows(seen, lambda rows: double_softmax(rows.student_CK, rows.teacher_CK)).sum()
+
+    def of_rows(rows: Buckets) -> Tensor:
+        return double_softmax(rows.student_CK, of_classes(rows.teacher_CK, rows.ids_CK))
+
+    return over_rows(seen, of_rows).sum()
 
 
 def double_softmax(student_CK: Tensor, teacher_CK: Tensor) -> Tensor:
@@ -49,7 +54,9 @@ def double_pairs(seen: Seen, *, classes: int = 32) -> Tensor:
     """
 
     def of_rows(rows: Buckets) -> Tensor:
-        teacher_CK, which_CK = _classes_of(rows).topk(min(classes, rows.teacher_CK.shape[1]), dim=1)
+        teacher_CK, which_CK = of_classes(rows.teacher_CK, rows.ids_CK).topk(
+            min(classes, rows.teacher_CK.shape[1]), dim=1
+        )
         student_CK = rows.student_CK.gather(1, which_CK)
         p_CK = teacher_CK.exp()
         pairs_CKK = softplus(student_CK[:, None, :] - student_CK[:, :, None])
@@ -101,19 +108,14 @@ def sampled_softmax(
 def _kept(seen: Seen, rows_C: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """(ids_CK, the teacher's log-probabilities) of its likeliest classes, and of the label as one more."""
     rows = teacher_buckets(seen, rows_C)
-    teacher_CK, which_CK = _classes_of(rows).topk(min(classes, rows.teacher_CK.shape[1]), dim=1)
+    teacher_CK, which_CK = of_classes(rows.teacher_CK, rows.ids_CK).topk(
+        min(classes, rows.teacher_CK.shape[1]), dim=1
+    )
     has_gold_C1 = (which_CK == rows.gold_C[:, None]).any(1, keepdim=True)
     gold_C1 = rows.teacher_CK.gather(1, rows.gold_C[:, None]).masked_fill(has_gold_C1, ABSENT)
     which_CK = torch.cat([which_CK, rows.gold_C[:, None]], 1)
     ids_CK = which_CK if rows.ids_CK is None else rows.ids_CK.gather(1, which_CK).clamp(min=0)
     return ids_CK, torch.cat([teacher_CK, gold_C1], 1)
-
-
-def _classes_of(rows: Buckets | Said) -> Tensor:
-    """The teacher's log-probabilities, the rest of stored targets left out."""
-    if rows.ids_CK is None:
-        return rows.teacher_CK
-    return rows.teacher_CK.masked_fill(rows.ids_CK < 0, ABSENT)
 
 
 def _log_of_rest(log_p_CK: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from distill.objectives.seen import Buckets, Seen, kl, of_gold, over_rows
+from distill.objectives.seen import Buckets, Seen, kl, of_classes, of_gold, over_rows
 
 
 def gate(seen: Seen, *, slope: float = 1.0) -> Tensor:
@@ -20,7 +20,7 @@ def gate(seen: Seen, *, slope: float = 1.0) -> Tensor:
     """
 
     def of_rows(rows: Buckets) -> Tensor:
-        best_C = rows.teacher_CK.argmax(1)
+        best_C = of_classes(rows.teacher_CK, rows.ids_CK).argmax(1)
         entropy_C = -(rows.teacher_CK.exp() * rows.teacher_CK).sum(1)
         return torch.stack(
             [kl(rows.teacher_CK, rows.student_CK), -of_gold(rows.student_CK, best_C), entropy_C], 1
@@ -80,7 +80,8 @@ def _margins(seen: Seen) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def of_rows(rows: Buckets) -> Tensor:
         student_CK, teacher_CK = rows.without_gold()
         gold_C = of_gold(rows.student_CK, rows.gold_C)
-        margin_C = of_gold(rows.teacher_CK, rows.gold_C).exp() - teacher_CK.max(1).values.exp()
+        wrong_C = of_classes(teacher_CK, rows.ids_CK).max(1).values
+        margin_C = of_gold(rows.teacher_CK, rows.gold_C).exp() - wrong_C.exp()
         odds_C = student_CK.logsumexp(1) - gold_C
         return torch.stack([kl(rows.teacher_CK, rows.student_CK), -gold_C, odds_C, margin_C], 1)
 

@@ -1,7 +1,7 @@
 """Hidden states and attentions of the teacher's layers, for a live teacher.
 
-The student's layer l of S stands beside the teacher's layer round(l T / S) of T. Hidden states are those of the counted
-rows alone. Their memory is kept for the whole backward pass: (S + T) N D numbers.
+The student's layer l of S stands beside the teacher's layer l T / S of T, rounded with halves up, the first at least.
+Hidden states are those of the counted rows alone. Their memory is kept for the whole backward pass: (S + T) N D numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def projection_if_needed(student_width: int, teacher_width: int) -> nn.Module:
 
 def pairs(num_student: int, num_teacher: int) -> list[tuple[int, int]]:
     """(layer of the student, layer of the teacher) from 1, both evenly."""
-    return [(i, round(i * num_teacher / num_student)) for i in range(1, num_student + 1)]
+    return [
+        (i, max(1, (2 * i * num_teacher + num_student) // (2 * num_student)))
+        for i in range(1, num_student + 1)
+    ]
 
 
 def paired_layers(seen: Seen) -> list[tuple[Tensor, Tensor]]:
@@ -97,12 +100,20 @@ class PriorPredictor(nn.Module):
         self.query, self.key, self.value = (projection(teacher_width, teacher_width) for _ in range(3))
 
     def forward(self, student_ND: Tensor, teacher_ND: Tensor, given_N: Tensor, sequence_N: Tensor) -> Tensor:
-        """[N, D_t]. given_N bool: rows where the teacher's own stand; rows attend within their sequence."""
+        """[N, D_t]. given_N bool: rows where the teacher's own stand; rows attend within their sequence, in blocks.
+
+        What is learned meets all rows at once, so that each rank gathers it as often, whatever its rows.
+        """
         mixed_ND = torch.where(given_N[:, None], teacher_ND, self.project(student_ND))
-        scores_NN = self.query(mixed_ND) @ self.key(mixed_ND).T / mixed_ND.shape[1] ** 0.5
-        apart_NN = sequence_N[:, None] != sequence_N[None, :]
-        weights_NN = scores_NN.float().masked_fill(apart_NN, -torch.inf).softmax(1).to(mixed_ND.dtype)
-        return mixed_ND + weights_NN @ self.value(mixed_ND)
+        sides = (self.query(mixed_ND), self.key(mixed_ND), self.value(mixed_ND), sequence_N)
+        blocks = zip(*(side.split(BLOCK_ROWS) for side in sides), strict=True)
+        return mixed_ND + torch.cat([_attended(*each) for each in blocks])
+
+
+def _attended(query_ND: Tensor, key_ND: Tensor, value_ND: Tensor, sequence_N: Tensor) -> Tensor:
+    scores_NN = query_ND @ key_ND.T / query_ND.shape[1] ** 0.5
+    apart_NN = sequence_N[:, None] != sequence_N[None, :]
+    return scores_NN.float().masked_fill(apart_NN, -torch.inf).softmax(1).to(value_ND.dtype) @ value_ND
 
 
 def dpk(seen: Seen) -> Tensor:
@@ -112,19 +123,11 @@ def dpk(seen: Seen) -> Tensor:
     the student, the less prior knowledge it is given. Depends on the micro-batch. Source: DPK (2206.06067, ICLR
     2023), whose decoder of image features is here one layer of attention within a sequence.
     """
-    if seen.num_rows == 0:
-        return seen.student.hidden_ND.sum()
     student_ND, teacher_ND = paired_layers(seen)[-1]
     teacher_ND = teacher_ND.to(student_ND.dtype)
     given_N = torch.rand(seen.num_rows).to(student_ND.device) < 1 - cka(student_ND.detach(), teacher_ND)
-    total = student_ND.new_zeros((), dtype=torch.float32)
-    for rows in torch.arange(seen.num_rows, device=student_ND.device).split(BLOCK_ROWS):
-        predicted_ND = seen.learned["dpk"](
-            student_ND[rows], teacher_ND[rows], given_N[rows], seen.sequence_N[rows]
-        )
-        apart_N = (predicted_ND - teacher_ND[rows]).float().square().mean(1)
-        total = total + apart_N.masked_fill(given_N[rows], 0.0).sum()
-    return total
+    predicted_ND = seen.learned["dpk"](student_ND, teacher_ND, given_N, seen.sequence_N)
+    return (predicted_ND - teacher_ND).float().square().mean(1).masked_fill(given_N, 0.0).sum()
 
 
 def cka(one_ND: Tensor, other_NE: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ def relations(seen: Seen, *, temperature: float = 0.1) -> Tensor:
     No dimension, class or vocabulary of the two models has to agree. Source: relationship matching, ReFilled
     (2205.01915), its first stage without the search for hard tuples.
     """
-    return in_blocks(seen, lambda s, t: relation_kl(s, t, temperature))
+    rows = (seen.student.hidden_ND, seen.live.hidden_ND)
+    return in_blocks(lambda s, t: relation_kl(s, t, temperature), *rows)
 
 
 def relation_kl(student_ND: Tensor, teacher_NE: Tensor, temperature: float) -> Tensor:
@@ -41,38 +42,41 @@ def _similarities(rows_ND: Tensor, temperature: float) -> Tensor:
 
 
 class Aligner(nn.Module):
-    """Cosines between projected rows of the student and rows of the teacher, with a learned scale and bias."""
+    """Cosines between projected rows of the student and rows of the teacher, with a learned scale and bias.
+
+    What is learned enters here, for all rows at once, so that each rank gathers it as often, whatever its rows.
+    """
 
     def __init__(self, student_width: int, teacher_width: int) -> None:
         super().__init__()
         self.project = projection(student_width, teacher_width)
         self.log_scale, self.bias = nn.Parameter(torch.tensor([math.log(10.0)])), nn.Parameter(torch.zeros(1))
 
-    def forward(self, student_ND: Tensor, teacher_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """([N, N] of student with teacher, [N, N] of teacher with teacher), both scaled alike."""
-        own, other = (normalize(x.float(), dim=1) for x in (self.project(student_ND), teacher_ND))
-        scale = self.log_scale.float().exp()
-        return own @ other.T * scale + self.bias.float(), other @ other.T * scale + self.bias.float()
+    def forward(self, student_ND: Tensor, teacher_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (s, t, u) of E + 1 numbers: s . u is scale * cos(student, teacher) + bias, t . u that of two of the teacher."""
+        own_NE, other_NE = (normalize(x.float(), dim=1) for x in (self.project(student_ND), teacher_NE))
+        scale, bias_N1 = self.log_scale.float().exp(), self.bias.float().expand(len(own_NE), 1)
+        scaled = [torch.cat([x_NE * scale, bias_N1.to(x_NE.dtype)], 1) for x_NE in (own_NE, other_NE)]
+        return scaled[0], scaled[1], torch.cat([other_NE, torch.ones_like(bias_N1)], 1)
 
 
 def contrastive(seen: Seen, *, consistency: float = 1.0) -> Tensor:
-    """sum_i -log softmax_j( a cos(P s_i, t_j) + b )_i + w KL( softmax_j a cos(t_i, t_j) || softmax_j a cos(P s_i, t_j) ).
+    """sum_i -log softmax_j( a cos(P s_i, t_j) + b )_i + w KL( softmax_j a cos(P s_i, t_j) || softmax_j a cos(t_i, t_j) ).
 
     P, a, b are learned beside the student, the teacher's side of the second part carries no gradient; w = consistency.
     Source: discriminative and consistent distillation (2407.11802), without a memory of other batches. b has no effect
     within a softmax, as is so there.
     """
 
-    def of_block(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-        crossed_NN, own_NN = seen.learned["contrastive"](student_ND, teacher_ND)
-        crossed_NN, own_NN = crossed_NN.log_softmax(1), own_NN.detach().log_softmax(1)
-        return consistency * kl(own_NN, crossed_NN).sum() - crossed_NN.diagonal().sum()
+    def of_block(student_NE: Tensor, teacher_NE: Tensor, unit_NE: Tensor) -> Tensor:
+        crossed_NN = (student_NE @ unit_NE.T).log_softmax(1)
+        own_NN = (teacher_NE @ unit_NE.T).detach().log_softmax(1)
+        return consistency * kl(crossed_NN, own_NN).sum() - crossed_NN.diagonal().sum()
 
-    return in_blocks(seen, of_block)
+    return in_blocks(of_block, *seen.learned["contrastive"](seen.student.hidden_ND, seen.live.hidden_ND))
 
 
-def in_blocks(seen: Seen, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Sum over blocks of rows of `function(student_ND, teacher_ND)`; of a block of one row there is nothing to compare."""
-    student, teacher = seen.student.hidden_ND, seen.live.hidden_ND
-    blocks = zip(student.split(BLOCK_ROWS), teacher.split(BLOCK_ROWS), strict=True)
-    return sum((function(s, t) for s, t in blocks if s.shape[0] > 1), student.float().sum() * 0.0)
+def in_blocks(function: Callable[..., Tensor], *sides: Tensor) -> Tensor:
+    """Sum over blocks of rows of `function` of each side's; of a block of one row there is nothing to compare."""
+    blocks = zip(*(side.split(BLOCK_ROWS) for side in sides), strict=True)
+    return sum((function(*each) for each in blocks if len(each[0]) > 1), sides[0].float().sum() * 0.0)

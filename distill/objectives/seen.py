@@ -88,6 +88,11 @@ def is_gold(seen: Buckets) -> Tensor:
     return index_K == seen.gold_C[:, None]
 
 
+def of_classes(log_p_CK: Tensor, ids_CK: Tensor | None) -> Tensor:
+    """[C, K]: the entries of classes alone; the rest of the vocabulary, which is none, is made absent."""
+    return log_p_CK if ids_CK is None else log_p_CK.masked_fill(ids_CK < 0, ABSENT)
+
+
 def of_gold(log_p_CK: Tensor, gold_C: Tensor) -> Tensor:
     """[C]: the label's entry of each row."""
     return log_p_CK.gather(1, gold_C[:, None]).squeeze(1)

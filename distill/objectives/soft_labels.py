@@ -65,7 +65,8 @@ def refuse_unserved(config: ObjectiveConfig, codec: Codec, where: str) -> None:
     """Refuse targets at `where` that can't give what the objective needs; nothing is approximated in silence.
 
     Raises:
-        ValueError: a divergence of the whole distribution, or another temperature than the targets were made at.
+        ValueError: a divergence of the whole distribution, another temperature than the targets were made at, or
+            terms, which see the teacher at temperature 1, on targets of another.
     """
     if codec.is_exact:
         return
@@ -73,8 +74,20 @@ def refuse_unserved(config: ObjectiveConfig, codec: Codec, where: str) -> None:
     if kind not in (None, FROM_FEW_CLASSES):
         raise ValueError(
             f"objective.weights names {kind}, which needs the teacher's whole distribution; the targets in {where} are cut "
-            f"({codec}) and serve {FROM_FEW_CLASSES} and {HARD}: use these, or score with --codec hidden"
+            f"({codec}) and serve of the fused ones {FROM_FEW_CLASSES} and {HARD}: use these, or score with --codec hidden"
         )
+    terms = [name for name in config.weights if name not in FUSED]
+    if terms and codec.temperature != 1:
+        raise ValueError(
+            f"objective.weights names {', '.join(terms)}, for which the teacher speaks at temperature 1; the targets in {where} "
+            f"were made at {codec.temperature}: score at 1, or with --codec hidden"
+        )
+    for key in ("temperature", "confidence_temperature") if "rld" in terms else ():
+        if (value := config.settings.get("rld", {}).get(key, 1)) != 1:
+            raise ValueError(
+                f"objective.settings.rld.{key} is {value}, but the targets in {where} are cut ({codec}): the rest of the "
+                "vocabulary has no probability at another temperature than 1: set it to 1, or score with --codec hidden"
+            )
     ramp = config.temperature
     values = {value for _, value in ramp} if isinstance(ramp, list) else {ramp}
     if values != {codec.temperature}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +33,7 @@ LEAST = {
     "confidence_temperature": 0.01,
     "until": 0.001,
 }
+MOST = {"easy_share": 1, "until": 1}  # what shares must not exceed
 
 
 # Of itself a teacher shows: everything, live; hidden states of the rows that count; probabilities, as classes, label and
@@ -199,6 +201,10 @@ def _problems_of(name: str, given: Mapping[str, Any], config: ObjectiveConfig, v
             problems.append(f"{where} must be like its default {known[key]!r}, got {value!r}")
         elif isinstance(known[key], int) and not isinstance(value, int):
             problems.append(f"{where} must be a whole number, got {value!r}")
+        elif not math.isfinite(value):
+            problems.append(f"{where} must be finite, got {value!r}")
+        elif value > (most := MOST.get(key, math.inf)):
+            problems.append(f"{where} must be at most {most}, got {value!r}")
         elif value < (least := LEAST.get(key, 0)):
             problems.append(f"{where} must be at least {least}, got {value!r}")
         elif key == "classes" and value > vocab_size:
