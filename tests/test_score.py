@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -514,6 +515,40 @@ def test_teacher_that_says_nan_stops_the_scoring_with_its_step(
         BadTargets, match="teacher step 2, samples 0 to 7 of the training order: .* not finite"
     ):
         score(student(shards, tmp_path, teacher__trajectory=trajectory), tmp_path / "targets", HIDDEN)
+    assert finished(tmp_path / "targets") == {}
+
+
+class Fail(Kill):
+    """Raises an error in place of the signal."""
+
+    def _wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        calls = itertools.count(1)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == self.call:
+                raise ValueError("it broke")
+            return function(*args, **kwargs)
+
+        return counted
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("distill.score_shards:keep", "teacher step 2, samples 8 to 15 of the training order: it broke"),
+        ("distill.data:Samples.__getitem__", "it broke"),
+    ],
+    ids=["NaN", "unreadable samples"],
+)
+def test_rank_that_fails_amid_a_round_under_zero_3_stops_all_ranks(
+    function: str, said: str, shards: Path, trajectory: str, tmp_path: Path
+) -> None:
+    keys = {"micro_batch_size": 8, "teacher__zero_stage": 3}
+    arguments = score_command(shards, trajectory, tmp_path / "targets", **keys)
+    first, second = distill_on_ranks(arguments, tmp_path, 2, Fail(function, 2))
+    assert first.code == 2 and said in first.output, first.output
+    assert second.code == 2 and f"rank 0: {said}" in second.output, second.output
     assert finished(tmp_path / "targets") == {}
 
 
