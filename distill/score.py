@@ -70,7 +70,8 @@ def score(
             lambda: at_end.enter_context(Journal(out, header, part)) if world.is_main else None
         )
         done = ranks.gather(finished(out) if world.is_main else None)[0]
-        rounds = list(rounds_of(share_of(needed, part), done, world.size))
+        own = share_of(needed, part)
+        rounds = list(rounds_of(own, done, world.size))
         teacher = Teacher(manifest, config, samples.tokenizer, samples.sequence_length, world)
         at_end.callback(teacher.close)
         shards = Shards(config, samples, header, teacher, world, out)
@@ -80,7 +81,7 @@ def score(
         for number, places in enumerate(rounds):
             teacher.use(places[0].checkpoint, upcoming(rounds[number:]))
             if codec.is_exact and world.is_main:
-                keep_head(out, places[0].checkpoint, teacher)
+                keep_head(out, header, places[0].checkpoint, teacher)
             entry = ranks.together(partial(shards.make, places, batches))
             told = ranks.gather((entry, stop_signal()))
             for each, _ in told:
@@ -89,6 +90,11 @@ def score(
             progress.add(places)
             if stop := max(signal for _, signal in told):
                 raise Stopped(stop, progress.shards, "shard")
+        if codec.is_exact:  # a head that somebody has deleted, whose shards are all there
+            for step in ranks.gather(headless(out, own) if world.is_main else None)[0]:
+                teacher.use(step)
+                if world.is_main:
+                    keep_head(out, header, step, teacher)
         distributed.barrier(world)  # a rank that only reads sees all that was written
     return summary(out, needed)
 
@@ -174,11 +180,16 @@ def upcoming(rounds: Sequence[Sequence[Range]]) -> list[int]:
     return [step for before, step in pairwise(steps) if step != before]
 
 
-def keep_head(out: Path, step: int, teacher: Teacher) -> None:
+def keep_head(out: Path, header: Header, step: int, teacher: Teacher) -> None:
     """Store the head that makes logits of this teacher's hidden states, once."""
     assert teacher.model is not None, "use() comes first"
     if not (out / head_name(step)).exists():
-        save_head(out, step, head_of(teacher.model))
+        save_head(out, step, header.checkpoints[step], head_of(teacher.model))
+
+
+def headless(out: Path, ranges: Sequence[Range]) -> list[int]:
+    """Teacher steps of these ranges whose head is not there."""
+    return sorted({r.checkpoint for r in ranges if not (out / head_name(r.checkpoint)).exists()})
 
 
 # ------------------------------------------------------------------------------------------------ what came of it

@@ -442,6 +442,22 @@ def test_shard_that_is_cut_off_is_refused_before_the_first_step(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_head_of_a_later_stage_that_is_missing_is_refused_before_the_first_step_and_made_again(
+    shards: Path, hidden: Path, trajectory: str, tmp_path: Path
+) -> None:
+    targets = shutil.copytree(hidden, tmp_path / "targets")
+    head = targets / "head-00000024.safetensors"
+    head.unlink()
+    with pytest.raises(
+        BadTargets, match="head-00000024.safetensors can't be read .*run the same `distill score`"
+    ):
+        train(student(shards, tmp_path / "run", teacher__targets=str(targets)))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    asked = student(shards, tmp_path, teacher__trajectory=trajectory)
+    score(asked, targets, HIDDEN, a_shard=A_SHARD)  # all shards are there
+    assert head.read_bytes() == (hidden / head.name).read_bytes()
+
+
 @pytest.mark.parametrize("kind", ["tvd", "reverse_kl", "jsd"])
 def test_objective_of_the_whole_distribution_is_refused_on_cut_targets(
     kind: str, shards: Path, top_k: Path, tmp_path: Path

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from distill.targets.codecs import Codec, make_codec
 from distill.targets.decode import from_bytes
 from distill.targets.encode import keep, to_bytes
 from distill.targets.header import NAME, BadTargets, Entry, Header, Range, Scorer, load_header
-from distill.targets.heads import head_name, load_head, save_head
+from distill.targets.heads import check_head, head_name, load_head, save_head
 from distill.targets.reader import TargetReader
 from distill.targets.writer import Journal, compress, finished, member_name, write_shard
 
@@ -138,8 +139,8 @@ def test_head_comes_back_to_the_bit_with_its_softcap(tmp_path: Path) -> None:
         Head(torch.randn(9, 4).bfloat16(), torch.randn(9).bfloat16(), 30.0),
         Head(torch.randn(9, 4)),
     ):
-        save_head(tmp_path, 7, head)
-        found = load_head(tmp_path, 7, torch.device("cpu"))
+        save_head(tmp_path, 8, header().checkpoints[8], head)
+        found = load_head(header(url=str(tmp_path)), 8, torch.device("cpu"))
         assert torch.equal(found.weight_VD, head.weight_VD) and found.softcap == head.softcap
         assert (found.bias_V is None) == (head.bias_V is None)
 
@@ -299,12 +300,27 @@ def test_journal_that_is_none_is_refused_by_its_name(folder: Path) -> None:
 
 
 def test_damaged_or_missing_head_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadTargets, match="head-00000003.safetensors can't be read"):
-        load_head(tmp_path, 3, torch.device("cpu"))
-    save_head(tmp_path, 3, Head(torch.randn(9, 4)))
-    path = tmp_path / head_name(3)
+    told, path = header(url=str(tmp_path)), tmp_path / head_name(8)
+    with pytest.raises(BadTargets, match="head-00000008.safetensors can't be read"):
+        load_head(told, 8, torch.device("cpu"))
+    save_head(tmp_path, 8, told.checkpoints[8], Head(torch.randn(9, 4)))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(BadTargets, match="holds tensors of sha256"):
-        load_head(tmp_path, 3, torch.device("cpu"))
+        load_head(told, 8, torch.device("cpu"))
+    check_head(told, 8)  # reads no tensors, but sees a file that was cut off
+    path.write_bytes(content[:-1])
+    with pytest.raises(BadTargets, match="head-00000008.safetensors can't be read"):
+        check_head(told, 8)
+
+
+@pytest.mark.parametrize("owner", [(2, "a"), (8, "c")], ids=["another step", "another trajectory"])
+def test_head_of_another_teacher_is_refused_under_any_name(owner: tuple[int, str], tmp_path: Path) -> None:
+    step, letter = owner
+    save_head(tmp_path, step, Scorer((letter * 64,)), Head(torch.randn(9, 4)))
+    (tmp_path / head_name(step)).rename(tmp_path / head_name(8))
+    said = f"is the head of teacher step {step} with weights of sha256 {letter * 12}, .* by step 8 .* sha256 bbbbbbbbbbbb"
+    for look in (check_head, partial(load_head, device=torch.device("cpu"))):
+        with pytest.raises(BadTargets, match=said):
+            look(header(url=str(tmp_path)), 8)
