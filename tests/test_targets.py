@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gc
 import json
 import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,38 @@ def test_two_jobs_of_one_part_are_refused(folder: Path) -> None:
             [sys.executable, "-c", script], capture_output=True, text=True, check=True
         ).stdout
     assert "part-0-of-1.jsonl is in use: another job scores this part" in said
+
+
+def test_file_system_without_locks_is_not_told_as_another_job(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with pytest.raises(OSError, match="cannot lock .*part-0-of-1.jsonl: No locks available; give --out"):
+        Journal(folder, header(), (0, 1))
+
+
+def test_job_that_begins_while_another_one_makes_the_folder_joins_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, others = Path.iterdir, list[Journal]()
+
+    def late(folder: Path) -> Iterator[Path]:
+        """Before this job has the names, another one writes its header and journal."""
+        monkeypatch.setattr(Path, "iterdir", plain)
+        others.append(Journal(folder, header(), (1, 2)))
+        return plain(folder)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    with Journal(tmp_path, header(), (0, 2)):
+        others[0].__exit__(None, None, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        NAME,
+        "part-0-of-2.jsonl",
+        "part-1-of-2.jsonl",
+    ]
 
 
 def test_folder_of_something_else_is_not_written_to(folder: Path, tmp_path: Path) -> None:
