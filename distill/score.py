@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,8 @@ def score(
         at_end.callback(shards.close)
         batches = batches_at(samples, shards.positions(rounds))
         progress = Progress(rounds, world.is_main)
-        for number, places in enumerate(rounds):
-            teacher.use(places[0].checkpoint, upcoming(rounds[number:]))
+        for places, ahead in with_upcoming(rounds):
+            teacher.use(places[0].checkpoint, ahead)
             if codec.is_exact and world.is_main:
                 keep_head(out, header, places[0].checkpoint, teacher)
             entry = ranks.together(partial(shards.make, places, batches))
@@ -174,10 +174,13 @@ def rounds_of(ranges: Sequence[Range], done: dict[int, Entry], ranks: int) -> It
         todo = todo[len(same) :]
 
 
-def upcoming(rounds: Sequence[Sequence[Range]]) -> list[int]:
-    """Teacher steps of the rounds after the first, in order, where they change."""
-    steps = [places[0].checkpoint for places in rounds]
-    return [step for before, step in pairwise(steps) if step != before]
+def with_upcoming(rounds: Sequence[list[Range]]) -> Iterator[tuple[list[Range], list[int]]]:
+    """Each round, and the teacher steps that come after its own, in order, where they change."""
+    stages = [(step, list(same)) for step, same in groupby(rounds, lambda places: places[0].checkpoint)]
+    for number, (_, same) in enumerate(stages, 1):
+        ahead = [step for step, _ in stages[number:]]
+        for places in same:
+            yield places, ahead
 
 
 def keep_head(out: Path, header: Header, step: int, teacher: Teacher) -> None:

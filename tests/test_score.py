@@ -35,9 +35,9 @@ from distill.data import Samples
 from distill.models import counted_rows
 from distill.pretrained import load_model
 from distill.run_folder import RunFolderError
-from distill.score import codec_for, score
+from distill.score import codec_for, score, with_upcoming
 from distill.targets.codecs import make_codec
-from distill.targets.header import BadTargets, load_header
+from distill.targets.header import BadTargets, Range, load_header
 from distill.targets.reader import TargetReader
 from distill.targets.writer import finished
 from distill.teacher import Teacher
@@ -235,6 +235,14 @@ def test_several_teachers_cost_the_passes_of_one(
     )
     score(student(shards, tmp_path, teacher__trajectory=trajectory), tmp_path / "targets", HIDDEN)
     assert sum(sequences) == 96
+
+
+def test_each_round_knows_the_steps_after_its_own_which_are_listed_once_a_stage() -> None:
+    rounds = [[Range(first, first + 1, step)] for first, step in enumerate([2, 2, 8, 2, 2, 2])]
+    found = list(with_upcoming(rounds))
+    assert [places for places, _ in found] == rounds
+    assert [ahead for _, ahead in found] == [[8, 2], [8, 2], [2], [], [], []]
+    assert len({id(ahead) for _, ahead in found}) == 3  # not a list a round: that is quadratic in rounds
 
 
 @pytest.mark.dist
