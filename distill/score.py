@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +70,18 @@ def score(
             lambda: at_end.enter_context(Journal(out, header, part)) if world.is_main else None
         )
         done = ranks.gather(finished(out) if world.is_main else None)[0]
-        rounds = list(rounds_of(share_of(needed, part), done, world.size))
+        own = share_of(needed, part)
+        rounds = list(rounds_of(own, done, world.size))
         teacher = Teacher(manifest, config, samples.tokenizer, samples.sequence_length, world)
         at_end.callback(teacher.close)
         shards = Shards(config, samples, header, teacher, world, out)
         at_end.callback(shards.close)
         batches = batches_at(samples, shards.positions(rounds))
         progress = Progress(rounds, world.is_main)
-        for number, places in enumerate(rounds):
-            teacher.use(places[0].checkpoint, upcoming(rounds[number:]))
+        for places, ahead in with_upcoming(rounds):
+            teacher.use(places[0].checkpoint, ahead)
             if codec.is_exact and world.is_main:
-                keep_head(out, places[0].checkpoint, teacher)
+                keep_head(out, header, places[0].checkpoint, teacher)
             entry = ranks.together(partial(shards.make, places, batches))
             told = ranks.gather((entry, stop_signal()))
             for each, _ in told:
@@ -89,6 +90,11 @@ def score(
             progress.add(places)
             if stop := max(signal for _, signal in told):
                 raise Stopped(stop, progress.shards, "shard")
+        if codec.is_exact:  # a head that somebody has deleted, whose shards are all there
+            for step in ranks.gather(headless(out, own) if world.is_main else None)[0]:
+                teacher.use(step)
+                if world.is_main:
+                    keep_head(out, header, step, teacher)
         distributed.barrier(world)  # a rank that only reads sees all that was written
     return summary(out, needed)
 
@@ -168,17 +174,25 @@ def rounds_of(ranges: Sequence[Range], done: dict[int, Entry], ranks: int) -> It
         todo = todo[len(same) :]
 
 
-def upcoming(rounds: Sequence[Sequence[Range]]) -> list[int]:
-    """Teacher steps of the rounds after the first, in order, where they change."""
-    steps = [places[0].checkpoint for places in rounds]
-    return [step for before, step in pairwise(steps) if step != before]
+def with_upcoming(rounds: Sequence[list[Range]]) -> Iterator[tuple[list[Range], list[int]]]:
+    """Each round, and the teacher steps that come after its own, in order, where they change."""
+    stages = [(step, list(same)) for step, same in groupby(rounds, lambda places: places[0].checkpoint)]
+    for number, (_, same) in enumerate(stages, 1):
+        ahead = [step for step, _ in stages[number:]]
+        for places in same:
+            yield places, ahead
 
 
-def keep_head(out: Path, step: int, teacher: Teacher) -> None:
+def keep_head(out: Path, header: Header, step: int, teacher: Teacher) -> None:
     """Store the head that makes logits of this teacher's hidden states, once."""
     assert teacher.model is not None, "use() comes first"
     if not (out / head_name(step)).exists():
-        save_head(out, step, head_of(teacher.model))
+        save_head(out, step, header.checkpoints[step], head_of(teacher.model))
+
+
+def headless(out: Path, ranges: Sequence[Range]) -> list[int]:
+    """Teacher steps of these ranges whose head is not there."""
+    return sorted({r.checkpoint for r in ranges if not (out / head_name(r.checkpoint)).exists()})
 
 
 # ------------------------------------------------------------------------------------------------ what came of it

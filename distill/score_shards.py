@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from distill.config import Config
 from distill.data import Batch, Samples
 from distill.distributed import World
-from distill.models import Rows
+from distill.models import Inputs, Rows
 from distill.sample_order import Ints
 from distill.targets.encode import Kept, keep, split, to_bytes, uniforms
 from distill.targets.header import BadTargets, Entry, Header, Range
@@ -34,6 +35,8 @@ class Shards:
         self.rank, self.device = world.rank, world.device
         self.micro = config.micro_batch_size or min(max(1, config.batch_size // world.size), MOST_SEQUENCES)
         self.is_collective = config.teacher.zero_stage == 3
+        tokens_BL = torch.zeros(1, samples.sequence_length, dtype=torch.int64, device=world.device)
+        self._nothing = Inputs(tokens_BL, None, None), torch.zeros(0, dtype=torch.int64, device=world.device)
         # Beside the next forward.
         self._packers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pack")
 
@@ -41,39 +44,37 @@ class Shards:
         """This rank's shard of a round; an empty range if there is none for it."""
         return places[self.rank] if self.rank < len(places) else Range(0, 0, places[0].checkpoint)
 
-    def _starts(self, places: Sequence[Range]) -> range:
-        """First samples of this rank's micro-batches in a round.
-
-        Under ZeRO 3 all ranks go forward together, those that have nothing left beyond the end of their shard.
-        """
-        own = self._own(places)
-        length = max(map(len, places)) if self.is_collective else len(own)
-        return range(own.first, own.first + length, self.micro)
-
     def positions(self, rounds: Sequence[Sequence[Range]]) -> Iterator[Ints]:
         """Of all micro-batches that this rank reads, in order."""
         for places in rounds:
-            after = self._own(places).after
-            for first in self._starts(places):
-                yield (
-                    np.arange(first, min(first + self.micro, after))
-                    if first < after
-                    else np.zeros(1, np.int64)
-                )
+            own = self._own(places)
+            for first in range(own.first, own.after, self.micro):
+                yield np.arange(first, min(first + self.micro, own.after))
 
     def make(self, places: Sequence[Range], batches: Iterator[Batch]) -> Entry | None:
-        """Score this rank's shard of a round and write it; None if there is none for it."""
-        own, num_rows = self._own(places), 0
+        """Score this rank's shard of a round and write it; None if there is none for it.
+
+        Under ZeRO 3 all ranks go forward as often: beyond the end of its shard, and after an error, which is raised
+        at the end of the round, a rank has the teacher read nothing.
+        """
+        own, num_rows, held = self._own(places), 0, Held(self.is_collective)
         packing: list[Future[list[Member]]] = []
-        for first in self._starts(places):
-            batch = next(batches).to(self.device)
-            if first >= own.after:
-                self.teacher.rows(batch.inputs, batch.rows_N[:0])
+        most = max(map(len, places)) if self.is_collective else len(own)
+        for first in range(own.first, own.first + most, self.micro):
+            batch = None
+            if first < own.after and not held.error:
+                with held:
+                    batch = next(batches).to(self.device)
+            if batch is None:
+                self.teacher.rows(*self._nothing)
                 continue
             said = self.teacher.rows(batch.inputs, batch.rows_N)
             num_rows += len(batch.rows_N)
             positions_B = np.arange(first, first + len(batch.sample_ids))
-            packing.append(self._pack(positions_B, batch, said, own.checkpoint))
+            with held:
+                packing.append(self._pack(positions_B, batch, said, own.checkpoint))
+        if held.error:
+            raise held.error
         if not len(own):
             return None
         members = [member for future in packing for member in future.result()]
@@ -102,6 +103,25 @@ class Shards:
 
     def close(self) -> None:
         self._packers.shutdown(cancel_futures=True)
+
+
+class Held:
+    """Around work of a rank: holds its error back where the other ranks still wait for this one's forwards."""
+
+    def __init__(self, holds: bool) -> None:
+        self.holds = holds
+        self.error: Exception | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not self.holds or not isinstance(error, Exception):
+            return False
+        self.error = error
+        return True
 
 
 class Member(NamedTuple):

@@ -14,7 +14,7 @@ from distill.objectives.soft_labels import refuse_unserved
 from distill.schedule import Schedule, make_schedule
 from distill.signals import Stopped, stop_signal
 from distill.targets.header import BadTargets, Header
-from distill.targets.heads import load_head
+from distill.targets.heads import check_head, load_head
 from distill.targets.reader import TargetReader
 from distill.trajectory.manifest import load_manifest
 
@@ -48,6 +48,9 @@ class StoredTeacher:
         self.reader.refuse_damaged(0, config.total_samples)
         if not self._waits:
             refuse_missing(self.reader, config.total_samples)
+            if self.header.codec.is_exact:
+                for step in teaching(self.schedule, config.total_samples):
+                    check_head(self.header, step)
         self._ready = (
             0 if self._waits else config.total_samples
         )  # samples whose targets are known to be there
@@ -82,7 +85,7 @@ class StoredTeacher:
             raise Stopped(agree_on_stop(stop_signal(), self.world), consumed // schedule.batch_size)
         start, step = time.perf_counter(), schedule.checkpoint_at(consumed)
         if self.header.codec.is_exact and step != self._step:
-            self._head = load_head(self.reader.folder, step, self.world.device)
+            self._head = load_head(self.header, step, self.world.device)
         self._step = step
         return time.perf_counter() - start
 
@@ -90,7 +93,7 @@ class StoredTeacher:
         """Of the hidden states of the checkpoint of teacher step `step`; 0 where none are stored."""
         if not self.header.codec.is_exact:
             return 0
-        return load_head(self.reader.folder, step, self.world.device).weight_VD.shape[1]
+        return load_head(self.header, step, self.world.device).weight_VD.shape[1]
 
     def signal(self, batch: Batch) -> Rows | SparseTargets:
         """What the teacher has said about this batch."""
@@ -152,6 +155,11 @@ def schedule_of(config: Config, header: Header) -> Schedule:
                 "schedule that was scored, or score this one"
             )
     return schedule
+
+
+def teaching(schedule: Schedule, total: int) -> list[int]:
+    """The teacher steps of the first `total` samples, rising."""
+    return sorted({stage.checkpoint for stage in schedule.stages if stage.first_sample < total})
 
 
 def refuse_other_teacher(header: Header, schedule: Schedule, trajectory: str) -> None:

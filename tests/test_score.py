@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -34,9 +35,9 @@ from distill.data import Samples
 from distill.models import counted_rows
 from distill.pretrained import load_model
 from distill.run_folder import RunFolderError
-from distill.score import codec_for, score
+from distill.score import codec_for, score, with_upcoming
 from distill.targets.codecs import make_codec
-from distill.targets.header import BadTargets, load_header
+from distill.targets.header import BadTargets, Range, load_header
 from distill.targets.reader import TargetReader
 from distill.targets.writer import finished
 from distill.teacher import Teacher
@@ -234,6 +235,14 @@ def test_several_teachers_cost_the_passes_of_one(
     )
     score(student(shards, tmp_path, teacher__trajectory=trajectory), tmp_path / "targets", HIDDEN)
     assert sum(sequences) == 96
+
+
+def test_each_round_knows_the_steps_after_its_own_which_are_listed_once_a_stage() -> None:
+    rounds = [[Range(first, first + 1, step)] for first, step in enumerate([2, 2, 8, 2, 2, 2])]
+    found = list(with_upcoming(rounds))
+    assert [places for places, _ in found] == rounds
+    assert [ahead for _, ahead in found] == [[8, 2], [8, 2], [2], [], [], []]
+    assert len({id(ahead) for _, ahead in found}) == 3  # not a list a round: that is quadratic in rounds
 
 
 @pytest.mark.dist
@@ -441,6 +450,22 @@ def test_shard_that_is_cut_off_is_refused_before_the_first_step(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_head_of_a_later_stage_that_is_missing_is_refused_before_the_first_step_and_made_again(
+    shards: Path, hidden: Path, trajectory: str, tmp_path: Path
+) -> None:
+    targets = shutil.copytree(hidden, tmp_path / "targets")
+    head = targets / "head-00000024.safetensors"
+    head.unlink()
+    with pytest.raises(
+        BadTargets, match="head-00000024.safetensors can't be read .*run the same `distill score`"
+    ):
+        train(student(shards, tmp_path / "run", teacher__targets=str(targets)))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    asked = student(shards, tmp_path, teacher__trajectory=trajectory)
+    score(asked, targets, HIDDEN, a_shard=A_SHARD)  # all shards are there
+    assert head.read_bytes() == (hidden / head.name).read_bytes()
+
+
 @pytest.mark.parametrize("kind", ["tvd", "reverse_kl", "jsd"])
 def test_objective_of_the_whole_distribution_is_refused_on_cut_targets(
     kind: str, shards: Path, top_k: Path, tmp_path: Path
@@ -514,6 +539,40 @@ def test_teacher_that_says_nan_stops_the_scoring_with_its_step(
         BadTargets, match="teacher step 2, samples 0 to 7 of the training order: .* not finite"
     ):
         score(student(shards, tmp_path, teacher__trajectory=trajectory), tmp_path / "targets", HIDDEN)
+    assert finished(tmp_path / "targets") == {}
+
+
+class Fail(Kill):
+    """Raises an error in place of the signal."""
+
+    def _wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        calls = itertools.count(1)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == self.call:
+                raise ValueError("it broke")
+            return function(*args, **kwargs)
+
+        return counted
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("distill.score_shards:keep", "teacher step 2, samples 8 to 15 of the training order: it broke"),
+        ("distill.data:Samples.__getitem__", "it broke"),
+    ],
+    ids=["NaN", "unreadable samples"],
+)
+def test_rank_that_fails_amid_a_round_under_zero_3_stops_all_ranks(
+    function: str, said: str, shards: Path, trajectory: str, tmp_path: Path
+) -> None:
+    keys = {"micro_batch_size": 8, "teacher__zero_stage": 3}
+    arguments = score_command(shards, trajectory, tmp_path / "targets", **keys)
+    first, second = distill_on_ranks(arguments, tmp_path, 2, Fail(function, 2))
+    assert first.code == 2 and said in first.output, first.output
+    assert second.code == 2 and f"rank 0: {said}" in second.output, second.output
     assert finished(tmp_path / "targets") == {}
 
 

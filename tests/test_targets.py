@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gc
 import json
 import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from distill.targets.codecs import Codec, make_codec
 from distill.targets.decode import from_bytes
 from distill.targets.encode import keep, to_bytes
 from distill.targets.header import NAME, BadTargets, Entry, Header, Range, Scorer, load_header
-from distill.targets.heads import head_name, load_head, save_head
+from distill.targets.heads import check_head, head_name, load_head, save_head
 from distill.targets.reader import TargetReader
 from distill.targets.writer import Journal, compress, finished, member_name, write_shard
 
@@ -138,8 +140,8 @@ def test_head_comes_back_to_the_bit_with_its_softcap(tmp_path: Path) -> None:
         Head(torch.randn(9, 4).bfloat16(), torch.randn(9).bfloat16(), 30.0),
         Head(torch.randn(9, 4)),
     ):
-        save_head(tmp_path, 7, head)
-        found = load_head(tmp_path, 7, torch.device("cpu"))
+        save_head(tmp_path, 8, header().checkpoints[8], head)
+        found = load_head(header(url=str(tmp_path)), 8, torch.device("cpu"))
         assert torch.equal(found.weight_VD, head.weight_VD) and found.softcap == head.softcap
         assert (found.bias_V is None) == (head.bias_V is None)
 
@@ -193,6 +195,38 @@ def test_two_jobs_of_one_part_are_refused(folder: Path) -> None:
             [sys.executable, "-c", script], capture_output=True, text=True, check=True
         ).stdout
     assert "part-0-of-1.jsonl is in use: another job scores this part" in said
+
+
+def test_file_system_without_locks_is_not_told_as_another_job(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with pytest.raises(OSError, match="cannot lock .*part-0-of-1.jsonl: No locks available; give --out"):
+        Journal(folder, header(), (0, 1))
+
+
+def test_job_that_begins_while_another_one_makes_the_folder_joins_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, others = Path.iterdir, list[Journal]()
+
+    def late(folder: Path) -> Iterator[Path]:
+        """Before this job has the names, another one writes its header and journal."""
+        monkeypatch.setattr(Path, "iterdir", plain)
+        others.append(Journal(folder, header(), (1, 2)))
+        return plain(folder)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    with Journal(tmp_path, header(), (0, 2)):
+        others[0].__exit__(None, None, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        NAME,
+        "part-0-of-2.jsonl",
+        "part-1-of-2.jsonl",
+    ]
 
 
 def test_folder_of_something_else_is_not_written_to(folder: Path, tmp_path: Path) -> None:
@@ -299,12 +333,27 @@ def test_journal_that_is_none_is_refused_by_its_name(folder: Path) -> None:
 
 
 def test_damaged_or_missing_head_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadTargets, match="head-00000003.safetensors can't be read"):
-        load_head(tmp_path, 3, torch.device("cpu"))
-    save_head(tmp_path, 3, Head(torch.randn(9, 4)))
-    path = tmp_path / head_name(3)
+    told, path = header(url=str(tmp_path)), tmp_path / head_name(8)
+    with pytest.raises(BadTargets, match="head-00000008.safetensors can't be read"):
+        load_head(told, 8, torch.device("cpu"))
+    save_head(tmp_path, 8, told.checkpoints[8], Head(torch.randn(9, 4)))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(BadTargets, match="holds tensors of sha256"):
-        load_head(tmp_path, 3, torch.device("cpu"))
+        load_head(told, 8, torch.device("cpu"))
+    check_head(told, 8)  # reads no tensors, but sees a file that was cut off
+    path.write_bytes(content[:-1])
+    with pytest.raises(BadTargets, match="head-00000008.safetensors can't be read"):
+        check_head(told, 8)
+
+
+@pytest.mark.parametrize("owner", [(2, "a"), (8, "c")], ids=["another step", "another trajectory"])
+def test_head_of_another_teacher_is_refused_under_any_name(owner: tuple[int, str], tmp_path: Path) -> None:
+    step, letter = owner
+    save_head(tmp_path, step, Scorer((letter * 64,)), Head(torch.randn(9, 4)))
+    (tmp_path / head_name(step)).rename(tmp_path / head_name(8))
+    said = f"is the head of teacher step {step} with weights of sha256 {letter * 12}, .* by step 8 .* sha256 bbbbbbbbbbbb"
+    for look in (check_head, partial(load_head, device=torch.device("cpu"))):
+        with pytest.raises(BadTargets, match=said):
+            look(header(url=str(tmp_path)), 8)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import ROOT
 from torch import Tensor
 
 from distill.head import Head
@@ -207,10 +208,18 @@ def language(rows: int, vocab: int, exponent: float = 1.6) -> Tensor:
 
 
 @pytest.mark.parametrize("vocab", [1000, 50257, 128256])
-def test_fifty_draws_take_48_bytes_at_most(vocab: int) -> None:
+def test_fifty_draws_of_less_than_18_different_classes_take_48_bytes_at_most(vocab: int) -> None:
     targets, size = stored(make_codec("sampled", 1.0), language(64, vocab))
     assert 12 < float((targets.probs_NK > 0).sum(1).float().mean()) < 18
     assert size / 64 <= 48
+
+
+@pytest.mark.parametrize(("vocab", "expected"), [(50257, 81), (128256, 89)])
+def test_fifty_draws_of_a_flat_teacher_take_the_bytes_that_the_readme_says(vocab: int, expected: int) -> None:
+    targets, size = stored(make_codec("sampled", 1.0), torch.zeros(64, vocab))
+    assert float((targets.probs_NK > 0).sum(1).float().mean()) > 49
+    assert size / 64 == pytest.approx(expected, abs=0.5)
+    assert f"{expected} " in (ROOT / "distill" / "targets" / "README.md").read_text().split("exponent 1.6")[1]
 
 
 @pytest.mark.parametrize("vocab", [1000, 50257, 262144])

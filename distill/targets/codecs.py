@@ -71,7 +71,11 @@ def check_codec(codec: Codec, vocab_size: int) -> None:
 
 
 def bytes_a_row(codec: Codec, vocab_size: int, width: int = 0, item_bytes: int = 2) -> float:
-    """What a row takes before compression, about. Of 50 draws 12 are different ones, as in RS-KD section 4."""
+    """What a row takes before compression, about.
+
+    Of 50 draws 12 are assumed to be different ones, as in RS-KD section 4; of a flat teacher all are, at three times
+    the bytes.
+    """
     if codec.is_exact:
         return float(width * item_bytes)
     entries = min(codec.k or 12 * (codec.draws / 50) ** 0.5, vocab_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import io
@@ -69,18 +70,17 @@ class Journal:
     """
 
     def __init__(self, folder: Path, header: Header, part: tuple[int, int]) -> None:
-        """Raises BadTargets if the folder holds other targets or another job is at this part."""
+        """Raises BadTargets if the folder holds other targets or another job is at this part, OSError without locks."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._path = folder, folder / f"part-{part[0]}-of-{part[1]}.jsonl"
-        if (folder / NAME).exists():
-            load_header(folder).refuse_other(header)
-        elif strangers := sorted(p.name for p in folder.iterdir() if p.name != NAME and p.name[0] != "."):
-            raise BadTargets(
-                f"{folder} is not empty (it holds {strangers[0]!r}): give an empty folder to --out"
-            )
-        else:
+        strangers = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
+        if not (folder / NAME).exists():  # looked for last: what another job writes comes after its header
+            if strangers:
+                raise BadTargets(
+                    f"{folder} is not empty (it holds {strangers[0]!r}): give an empty folder to --out"
+                )
             header.save(folder)
-            load_header(folder).refuse_other(header)  # of a job that began in the same moment
+        load_header(folder).refuse_other(header)  # also of a job that began in the same moment
         self._file = self._locked()
 
     def _locked(self) -> io.FileIO:
@@ -89,6 +89,9 @@ class Journal:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                reason = f"cannot lock {self._path}: {error.strerror}; give --out a folder on a file system with locks"
+                raise OSError(error.errno, reason) from error
             raise BadTargets(
                 f"{self._path} is in use: another job scores this part; wait for it, or share the work by --part I/N"
             ) from error
