@@ -19,7 +19,7 @@ from distill.distributed import agree_on_stop, sum_over_ranks
 from distill.evaluate import validate
 from distill.metrics import Log
 from distill.objectives import Objective
-from distill.run_folder import claim, read_result, store_settings, write_result
+from distill.run_folder import await_result, claim, read_result, store_settings, write_result
 from distill.sample_order import key_of
 from distill.schedule import due_after, learning_rate
 from distill.signals import Stopped, stop_signal
@@ -123,8 +123,10 @@ def finish(run: Run, state: TrainState, found: dict[str, float]) -> dict[str, An
     if run.world.is_main and not (run.folder / "model").exists():
         checkpoint.export(run.engine.model, weights, run.tokenizer, run.folder / "model")
     distributed.barrier(run.world)
-    if run.world.is_main:  # the others need not wait for what is still on its way
+    if run.world.is_main:
         if run.publisher:
             run.publisher.complete()
         write_result(run.folder, result)
+    else:  # a launcher would end the main rank, which may have gigabytes to send, soon after the first one left
+        await_result(run.folder, stop_signal)
     return result
