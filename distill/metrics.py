@@ -19,6 +19,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from distill import hardware
 from distill.files import write_text
 
 log = logging.getLogger(__name__)
@@ -216,7 +217,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    size = 4096 if device.type == "cuda" else 1024
+    size = 4096
+    if device.type == "cpu":  # where products are emulated a second would not do for a larger one
+        size = 1024 if hardware.cpu_multiplies(dtype) else 128
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = 0.0
     for _ in range(5):

@@ -148,7 +148,10 @@ def test_terms_that_read_classes_learn_from_cut_targets_and_the_others_are_refus
     assert all(row["term_ckd"] > 0 for row in rows(tmp_path / "run", "train"))
     for targets, name in ((top_k, "cross_head"), (hidden, "hidden_square")):
         refused = student(
-            shards, tmp_path / name, teacher__targets=str(targets), objective__weights={name: 1.0}
+            shards,
+            tmp_path / name,
+            teacher__targets=str(targets),
+            objective__weights={"forward_kl": 0.5, name: 0.5},
         )
         with pytest.raises(
             ValueError, match=f"weights.{name} needs more of the teacher .* its targets are stored"
@@ -426,9 +429,9 @@ def test_targets_of_another_teacher_than_the_trajectory_beside_them_are_refused(
 
 
 def test_run_does_not_go_on_with_targets_of_another_teacher(
-    shards: Path, trajectory: str, hidden: Path, tmp_path: Path
+    shards: Path, trajectory: str, top_k: Path, tmp_path: Path
 ) -> None:
-    targets = shutil.copytree(hidden, tmp_path / "targets")
+    targets = shutil.copytree(top_k, tmp_path / "targets")
     asked = student(shards, tmp_path / "run", teacher__targets=str(targets), steps=12)
     train(dataclasses.replace(asked))
     (tmp_path / "run" / "result.json").unlink()

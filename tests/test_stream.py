@@ -32,6 +32,7 @@ from tiny import (
 
 import distill.build
 from distill.config import Config
+from distill.data import Batch
 from distill.distributed import start
 from distill.models import DTYPES, Inputs, Rows, build_model, counted_rows
 from distill.pretrained import load_model
@@ -172,6 +173,8 @@ STAGES = {"schedule__kind": "explicit", "schedule__stages": [[0, 2], [3, 8], [5,
 class InMemory:
     """The reference: all checkpoints of the trajectory as transformers loads them, none fetched, none overwritten."""
 
+    swap_seconds, bytes_read, work = 0.0, 0, None
+
     def __init__(self, manifest: Manifest, config: Config, *_: Any) -> None:
         self.models = {
             step: load_model(
@@ -185,8 +188,8 @@ class InMemory:
         return 0.0
 
     @torch.no_grad()
-    def rows(self, inputs: Inputs, rows_N: torch.Tensor) -> Rows:
-        return counted_rows(self.model, inputs, rows_N)
+    def signal(self, batch: Batch) -> Rows:
+        return counted_rows(self.model, batch.inputs, batch.rows_N)
 
     def close(self) -> None: ...
 

@@ -172,6 +172,8 @@ def test_student_learns_its_teacher(shards: Path, teacher_run: Path, tmp_path: P
 class AlwaysRight:
     """A teacher of causal models whose logits are the token that follows, and nothing else."""
 
+    swap_seconds, bytes_read, work = 0.0, 0, None
+
     def __init__(self, *_: Any) -> None: ...
 
     def follow(self, *_: Any) -> float:
