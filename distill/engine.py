@@ -224,9 +224,8 @@ class Engine:
                 files.refuse_other(sizes)
             except (OSError, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
                 fault = str(error)
-        if fault := any_text(
-            fault, self.world
-        ):  # told by all ranks, or the others would wait for the first tensor
+        # Told by all ranks, or the others would wait for the first tensor.
+        if fault := any_text(fault, self.world):
             raise ValueError(fault)
         step = self._from_main(torch.tensor(files.step if files else 0.0))
         if self.zero_stage == 3:

@@ -13,6 +13,7 @@ from distill.data import Batch
 from distill.distributed import World
 from distill.head import Mixture, Pooled
 from distill.models import Rows, Work
+from distill.objectives.seen import log_probabilities, of_gold
 from distill.schedule import Schedule, together
 from distill.teacher import Teacher
 from distill.trajectory.manifest import Manifest
@@ -93,6 +94,5 @@ def gold_log_probs(rows: Rows, labels_N: Tensor, vocab_size: int) -> Tensor:
     for hidden_CD, labels_C in zip(
         rows.hidden_ND.split(_CHUNK_ROWS), labels_N.split(_CHUNK_ROWS), strict=True
     ):
-        logits_CV = rows.head(hidden_CD)[:, :vocab_size].float()
-        parts.append(logits_CV.gather(1, labels_C[:, None]).squeeze(1) - logits_CV.logsumexp(1))
+        parts.append(of_gold(log_probabilities(hidden_CD, rows.head, vocab_size), labels_C))
     return torch.cat(parts)

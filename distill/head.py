@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,15 +60,19 @@ class Mixture(NamedTuple):
 
     def __call__(self, hidden_NE: Tensor) -> Tensor:
         """All log-probabilities [N, V] at once."""
+        return self.mixed(hidden_NE, [head.__call__ for head in self.heads])
+
+    def mixed(self, hidden_NE: Tensor, layers: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+        """The same with `layers` in the heads' place: each makes a member's logits, which need not outlive the next."""
         hidden, weights_NM = self.split(hidden_NE)
         mixed_NV = None
-        for number, (head, hidden_ND) in enumerate(zip(self.heads, hidden, strict=True)):
-            logits_NV = head(hidden_ND)[:, : self.vocab_size]
-            mixed_NV = self.mix(mixed_NV, logits_NV, weights_NM[:, number])
+        for number, (layer, hidden_ND) in enumerate(zip(layers, hidden, strict=True)):
+            logits_NV = layer(hidden_ND)[:, : self.vocab_size]
+            mixed_NV = self._with(mixed_NV, logits_NV, weights_NM[:, number])
         assert mixed_NV is not None, "a mixture has members"
         return mixed_NV
 
-    def mix(self, mixed_NV: Tensor | None, logits_NV: Tensor, log_weight_N: Tensor) -> Tensor:
+    def _with(self, mixed_NV: Tensor | None, logits_NV: Tensor, log_weight_N: Tensor) -> Tensor:
         """One member more, in place where `mixed` is there, in the dtype of the weights."""
         log_p_NV = logits_NV.log_softmax(1, dtype=log_weight_N.dtype)
         if self.of_logs:

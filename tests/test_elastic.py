@@ -35,7 +35,7 @@ from distill.build import student_model
 from distill.data import Samples
 from distill.distributed import start
 from distill.engine import Engine
-from distill.objectives import make_objective
+from distill.objectives import Objective
 from distill.zero_files import ZeroFiles
 
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore")]
@@ -180,7 +180,7 @@ def engine_of(shards: Path, run_dir: Path, stage: int, dtype: str, **changes: An
 def train_step(engine: Engine, shards: Path, run_dir: Path) -> float:
     settled = config(shards, run_dir)
     batch = Samples(settled.data, "train", 0, shuffle=False)[np.arange(4)]
-    objective = make_objective(settled.objective, 0.0, VOCABULARY)
+    objective = Objective(settled.objective, VOCABULARY, 0.0)
     sums = engine.forward(batch.inputs, batch.rows_N, batch.labels_N, None, objective)
     engine.backward(sums.loss, float(len(batch.rows_N)))
     engine.step(1e-3)

@@ -18,7 +18,7 @@ from watch import Watch
 
 from distill.data import Samples
 from distill.engine import Engine
-from distill.objectives import make_objective
+from distill.objectives import Objective
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of DeepSpeed and torch, about each other
 RECOMPUTE = {"engine__activation_checkpointing": True}
@@ -39,7 +39,7 @@ def train_step(engine: Engine, shards: Path, run_dir: Path, keys: dict[str, Any]
     settled = config(shards, run_dir, **keys)
     batch = Samples(settled.data, "train", 0, shuffle=False)[np.arange(8)]
     sums = engine.forward(
-        batch.inputs, batch.rows_N, batch.labels_N, None, make_objective(settled.objective, 0.0, VOCABULARY)
+        batch.inputs, batch.rows_N, batch.labels_N, None, Objective(settled.objective, VOCABULARY, 0.0)
     )
     engine.backward(sums.loss, float(len(batch.rows_N)))
     return float(sums.loss.detach()), float(engine.step(1e-3))

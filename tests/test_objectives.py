@@ -14,7 +14,7 @@ from distill.config import DataConfig, ObjectiveConfig
 from distill.data import IGNORE, attention, mask_tokens, next_tokens
 from distill.kernels import Head, divergence
 from distill.models import Inputs, Rows, build_model, counted_rows
-from distill.objectives import hard_labels, make_objective, weights_at
+from distill.objectives import Objective, hard_labels, weights_at
 from distill.objectives.terms import TERMS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and torch, about each other
@@ -30,7 +30,7 @@ def rows_of(logits_NV: Tensor) -> Rows:
 
 
 def objective(share: float = 0.0, **keys: Any) -> Any:
-    return make_objective(ObjectiveConfig(**keys), share, VOCABULARY)
+    return Objective(ObjectiveConfig(**keys), VOCABULARY, share)
 
 
 LABELS = torch.arange(12) + 5
@@ -42,7 +42,7 @@ def test_weights_and_temperature_follow_their_ramps() -> None:
     )
     for share in (0.0, 0.5, 1.0):
         assert weights_at(config, share) == {"forward_kl": 1 - share, "hard": 0.25}
-        found = make_objective(config, share, VOCABULARY)(rows_of(logits(1)), rows_of(logits(2)), LABELS)
+        found = Objective(config, VOCABULARY, share)(rows_of(logits(1)), rows_of(logits(2)), LABELS)
         expected = divergence(
             logits(1), logits(2), LABELS, soft_weight=1 - share, hard_weight=0.25, temperature=2 - share
         )

@@ -12,7 +12,7 @@ from tiny import LENGTH, SIZES, VOCABULARY, config, rows, text, write_tokenizer
 from data_prep.shards import TokenizerInfo, write_shards
 from distill.distributed import start
 from distill.models import Inputs, Rows, build_model, counted_rows
-from distill.objectives import make_objective
+from distill.objectives import Objective
 from distill.teacher import Teacher
 from distill.train import train
 from distill.trajectory.index import index_trajectory
@@ -73,7 +73,7 @@ def test_divergence_is_that_of_the_real_tokens_and_padding_gets_no_gradient(
     said: Rows = teacher.rows(inputs, rows_N)
     own = counted_rows(student, inputs, rows_N)  # type: ignore[arg-type]
     labels_N = torch.arange(8) + REAL - 8
-    found = make_objective(settings.objective, 0.0, REAL)(own, said, labels_N)
+    found = Objective(settings.objective, REAL, 0.0)(own, said, labels_N)
     found.loss.backward()
 
     p = torch.log_softmax(said.head(said.hidden_ND).double()[:, :REAL], -1)

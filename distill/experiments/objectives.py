@@ -29,6 +29,7 @@ from distill.experiments.arms import CommandFailed, run_command, save_results, t
 from distill.experiments.wiki_books import CONFIGS, prepare_data
 from distill.files import write_text
 from distill.models import DTYPES, counted_rows, quiet_transformers
+from distill.objectives.seen import log_probabilities
 from distill.pretrained import load_model
 from distill.probes.quality import bucket_names, frequency_ranks, measure
 from distill.signals import Stopped, catch_stop_signals
@@ -172,7 +173,7 @@ def nearness(
         logs = []
         for model in (student, teacher):
             rows = counted_rows(model, batch.inputs, batch.rows_N)
-            logs.append(rows.head(rows.hidden_ND)[:, : samples.tokenizer.vocab_size].float().log_softmax(1))
+            logs.append(log_probabilities(rows.hidden_ND, rows.head, samples.tokenizer.vocab_size))
         own_NV, other_NV = logs
         same += float((own_NV.argmax(1) == other_NV.argmax(1)).sum())
         apart += float((other_NV.exp() * (other_NV - own_NV)).sum(dtype=torch.float64))

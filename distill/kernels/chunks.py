@@ -158,20 +158,15 @@ class _MixedLayers:
     """The same of several heads, whose logits are the logarithms of mixed probabilities, in float32 or better."""
 
     def __init__(self, mixture: Mixture, job: Job) -> None:
-        self.mixture, self.members = mixture, [_Layer(head, job) for head in mixture.heads]
+        self.mixture, members = mixture, [_Layer(head, job) for head in mixture.heads]
+        self.layers = [lambda h, m=m: m.logits(h.to(m.dtype)) for m in members]
         self.dtype = mixture.heads[0].weight_VD.dtype
-        room_CW = self.members[0].room_CW
+        room_CW = members[0].room_CW
         self.room_CW = torch.empty_like(room_CW, dtype=torch.promote_types(room_CW.dtype, torch.float32))
 
     def logits(self, hidden_CE: Tensor) -> Tensor:
-        hidden, weights_CM = self.mixture.split(hidden_CE)
         logits_CW = self.room_CW[: hidden_CE.shape[0]]
-        mixed_CV = None
-        for number, (member, hidden_CD) in enumerate(zip(self.members, hidden, strict=True)):
-            logits_CV = member.logits(hidden_CD.to(member.dtype))[:, : member.weight_VD.shape[0]]
-            mixed_CV = self.mixture.mix(mixed_CV, logits_CV, weights_CM[:, number])
-        assert mixed_CV is not None, "a mixture has members"
-        logits_CW[:, : mixed_CV.shape[1]] = mixed_CV
+        logits_CW[:, : self.mixture.vocab_size] = self.mixture.mixed(hidden_CE, self.layers)
         return logits_CW
 
 

@@ -112,11 +112,6 @@ def term_names(config: ObjectiveConfig) -> list[str]:
     return [name for name in config.weights if name not in FUSED]
 
 
-def make_objective(config: ObjectiveConfig, share: float, vocab_size: int) -> Objective:
-    """The weighted objective at `share` of the budget."""
-    return Objective(config, vocab_size, share)
-
-
 def hard_labels(config: ObjectiveConfig, vocab_size: int) -> Objective:
     """The objective of every validation, computed as `config` says, whatever it trains on."""
     return Objective(replace(config, weights={"hard": 1.0}, settings={}, temperature=1.0), vocab_size)

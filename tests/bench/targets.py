@@ -38,7 +38,7 @@ from distill.config_reader import load_config  # noqa: E402
 from distill.data import train_batches  # noqa: E402
 from distill.distributed import start  # noqa: E402
 from distill.models import build_model  # noqa: E402
-from distill.objectives import make_objective  # noqa: E402
+from distill.objectives import Objective  # noqa: E402
 from distill.targets.reader import TargetReader  # noqa: E402
 from distill.train import train_step  # noqa: E402
 from distill.trajectory.index import index_trajectory  # noqa: E402
@@ -95,7 +95,7 @@ def stepper(folder: Path, name: str, *settings: str) -> Callable[[], float]:
     run, state = build_run(config, start(), folder / name), TrainState()
     window = Window(run, state)
     batches = train_batches(run.samples, 0, config.batch_size, run.micro, 0, 1)
-    objective = make_objective(config.objective, 0.0, run.vocab_size)
+    objective = Objective(config.objective, run.vocab_size, 0.0)
     run.follow_schedule(0)
 
     def step() -> float:
