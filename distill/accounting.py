@@ -38,7 +38,7 @@ class Window:
     seconds mfu counts the student's floating-point operations only: what the teacher takes lowers it; mfu_with_teacher
     counts the teacher's too. stall_seconds wait for a teacher, and swap_seconds of them for copies into its model.
     `own_clock` and `teacher_clock` run where a rank waits for no other (but in ZeRO 3): for its batches and in forward.
-    slowest_rank is the most that a rank needed for these over the mean: 1 where all are alike.
+    slowest_rank needed most seconds for these, slowest_over_mean times the mean: 1 where all are alike.
     """
 
     def __init__(self, run: Run, state: TrainState) -> None:
@@ -109,7 +109,8 @@ class Window:
             "teacher_share": teacher_seconds / seconds,
             "stall_seconds": self.stall_seconds,
             "swap_seconds": swap_seconds,
-            "slowest_rank": max(own) * len(own) / sum(own) if sum(own) else 1.0,
+            "slowest_rank": own.index(max(own)),
+            "slowest_over_mean": max(own) * len(own) / sum(own) if sum(own) else 1.0,
             "storage_mb_per_node": max(read) / 1e6,
             "memory_peak_gib": max(peak),
         }

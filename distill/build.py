@@ -42,7 +42,7 @@ from distill.stored_teacher import StoredTeacher
 from distill.teacher import Teacher
 from distill.trajectory.audit.verdicts import refuse_bad_steps
 from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
-from distill.trajectory.nodes import load_alike
+from distill.trajectory.nodes import Cancelled, load_alike
 from distill.trajectory.publish import Publisher, object_storage
 from distill.trajectory.store import open_store
 
@@ -76,11 +76,17 @@ class Run:
         return Path(self.config.data.shards) / "tokenizer"
 
     def await_teacher(self, consumed: int) -> float:
-        """Wait for a teacher that is still training, where the next sample needs its next checkpoint. Seconds waited."""
-        if self.growing is None or self.schedule is None or consumed >= self.schedule.total_samples:
+        """Wait for the weights that teach the next sample, of a teacher that may still train. Seconds waited.
+
+        A stop signal makes it return before.
+        """
+        if self.teacher is None or self.schedule is None or consumed >= self.schedule.total_samples:
             return 0.0
         start = time.perf_counter()
-        self.schedule = self.growing.settle(self.schedule, consumed)
+        if self.growing:
+            self.schedule = self.growing.settle(self.schedule, consumed)
+        if self.schedule.is_settled(self.schedule.stage_index(consumed)):
+            self.teacher.await_next(self.schedule, consumed)
         return time.perf_counter() - start
 
     def questions(self, micro_batches: list[Batch], state: TrainState) -> list[Batch]:
@@ -98,14 +104,17 @@ class Run:
     def follow_schedule(self, consumed: int) -> float:
         """Let the checkpoint teach that rules after `consumed` samples. Seconds waited for it.
 
-        Raises Stopped where a signal came while the teacher's own run was waited for.
+        Raises Stopped where a signal came while it was waited for.
         """
         if self.teacher is None or self.schedule is None or consumed >= self.schedule.total_samples:
             return 0.0
         waited = self.await_teacher(consumed)
-        if not self.schedule.is_settled(self.schedule.stage_index(consumed)):
-            raise Stopped(agree_on_stop(stop_signal(), self.world), consumed // self.schedule.batch_size)
-        return waited + self.teacher.follow(self.schedule, consumed)
+        try:
+            if self.schedule.is_settled(self.schedule.stage_index(consumed)):
+                return waited + self.teacher.follow(self.schedule, consumed)
+        except Cancelled:
+            pass
+        raise Stopped(agree_on_stop(stop_signal(), self.world), consumed // self.schedule.batch_size)
 
     def close(self) -> None:
         """Give up what works beside the loop."""

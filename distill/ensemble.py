@@ -39,15 +39,23 @@ class Ensemble:
             for _ in range(config.teacher.ensemble)
         ]
 
+    def _at(self, schedule: Schedule, consumed: int) -> list[int]:
+        return together(schedule.checkpoint_at(consumed), self.known, len(self.members))
+
     def follow(self, schedule: Schedule, consumed: int) -> float:
         """Be the teachers of the sample after `consumed` samples, have the next ones fetched. Seconds waited."""
         size = len(self.members)
-        now = together(schedule.checkpoint_at(consumed), self.known, size)
+        now = self._at(schedule, consumed)
         later = [together(step, self.known, size) for step in schedule.upcoming(consumed)]
         return sum(
             member.use(step, [then[slot] for then in later if then[slot] != step])
             for slot, (member, step) in enumerate(zip(self.members, now, strict=True))
         )
+
+    def await_next(self, schedule: Schedule, consumed: int) -> None:
+        """Wait for the weights that `follow` will need."""
+        for member, step in zip(self.members, self._at(schedule, consumed), strict=True):
+            member.await_weights(step)
 
     @property
     def swap_seconds(self) -> float:

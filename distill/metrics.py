@@ -36,6 +36,7 @@ CLOCK = (
     "stall_seconds",
     "swap_seconds",
     "slowest_rank",
+    "slowest_over_mean",
     "storage_mb_per_node",
     "memory_peak_gib",
 )

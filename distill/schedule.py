@@ -169,6 +169,11 @@ def _spaced(checkpoints: list[int], number: int) -> list[int]:
 
 
 def _equal(checkpoints: list[int], steps: int) -> list[tuple[int, int]]:
+    if len(checkpoints) > steps:
+        raise ValueError(
+            f"schedule.kind=equal has {len(checkpoints)} stages for {steps} steps: set schedule.num_stages or "
+            "schedule.checkpoints"
+        )
     return [(i * steps // len(checkpoints), c) for i, c in enumerate(checkpoints)]
 
 

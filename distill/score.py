@@ -31,7 +31,7 @@ from distill.targets.writer import Journal, finished
 from distill.teacher import Teacher
 from distill.trajectory.audit.verdicts import refuse_bad_steps
 from distill.trajectory.manifest import Manifest
-from distill.trajectory.nodes import Channel, load_alike
+from distill.trajectory.nodes import Cancelled, Channel, load_alike
 
 log = logging.getLogger(__name__)
 SAMPLES_A_SHARD, SAMPLES_OF_HIDDEN = 1024, 64  # some 10 to 500 MB at 512 to 2048 tokens
@@ -79,7 +79,10 @@ def score(
         batches = batches_at(samples, shards.positions(rounds))
         progress = Progress(rounds, world.is_main)
         for places, ahead in with_upcoming(rounds):
-            teacher.use(places[0].checkpoint, ahead)
+            try:
+                teacher.use(places[0].checkpoint, ahead)
+            except Cancelled:
+                raise Stopped(max(ranks.gather(stop_signal())), progress.shards, "shard") from None
             if codec.is_exact and world.is_main:
                 keep_head(out, header, places[0].checkpoint, teacher)
             entry = ranks.together(partial(shards.make, places, batches))

@@ -89,6 +89,9 @@ class StoredTeacher:
         self._step = step
         return time.perf_counter() - start
 
+    def await_next(self, schedule: Schedule, consumed: int) -> None:
+        """No weights are to come; `settle` waits for targets."""
+
     def width(self, step: int) -> int:
         """Of the hidden states of the checkpoint of teacher step `step`; 0 where none are stored."""
         if not self.header.codec.is_exact:

@@ -42,7 +42,7 @@ class Teacher:
     def use(self, step: int, upcoming: Sequence[int] = ()) -> float:
         """Teach with the checkpoint of teacher step `step` from now on, have the first `upcoming` one fetched.
 
-        Returns the seconds that this took. Raises BadTrajectory, OSError as `CheckpointStream.swap_in`.
+        Returns the seconds that this took. Raises BadTrajectory, OSError, Cancelled as `CheckpointStream.swap_in`.
         """
         start = time.perf_counter()
         stream = self._stream or self._build(step)
@@ -101,9 +101,18 @@ class Teacher:
             return partitioned(build, dtype, self.config.teacher.offload)
         return build().requires_grad_(False).eval().to(device=self.device)
 
+    def await_next(self, schedule: Schedule, consumed: int) -> None:
+        """Wait for the weights that `follow` will need."""
+        self.await_weights(schedule.checkpoint_at(consumed))
+
     def follow(self, schedule: Schedule, consumed: int) -> float:
         """Be the teacher of the sample after `consumed` samples, and have the next one fetched. Seconds waited."""
         return self.use(schedule.checkpoint_at(consumed), schedule.upcoming(consumed))
+
+    def await_weights(self, step: int) -> None:
+        """Wait until `use` would not have to. A stop signal gives up what is being fetched, and ends this."""
+        if self._stream and step != self.step:
+            self._stream.wait_for(step)
 
     @torch.no_grad()
     def rows(self, inputs: Inputs, rows_N: torch.Tensor) -> Rows:

@@ -71,7 +71,7 @@ def train(config: Config) -> dict[str, Any]:
                 checkpoint.save_to_trajectory(
                     run.publisher, run.engine, run.tokenizer, state, found["hard"], world
                 )
-            with window.clock:  # of a teacher that is still training, before the step is saved
+            with window.clock:  # before the step is saved: a stop signal may end the wait
                 window.stall_seconds += run.await_teacher(state.consumed)
             stop = agree_on_stop(stop_signal(), world)
             if due.save or stop:

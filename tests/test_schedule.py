@@ -215,7 +215,7 @@ def test_schedule_that_the_trajectory_or_the_budget_does_not_allow_is_refused(
 
 
 def test_more_stages_than_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match="rise strictly"):
+    with pytest.raises(ValueError, match="equal has .* stages for .* steps: set schedule.num_stages"):
         schedule(5, kind="equal")
 
 

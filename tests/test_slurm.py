@@ -17,7 +17,7 @@ from distill.targets.writer import finished
 from tests.corpora import multistream, page
 from tests.shard_folders import TOPICS
 
-pytestmark = [pytest.mark.slow, pytest.mark.dist]
+pytestmark = pytest.mark.dist
 STEPS = 100
 STUDENT: dict[str, Any] = {
     "steps": STEPS,
@@ -142,6 +142,7 @@ def test_preempted_by_usr1_it_saves_goes_back_into_the_queue_and_ends_with_the_s
     assert_same_run(tmp_path / "run", calm / "run")
 
 
+@pytest.mark.slow
 def test_job_of_higher_priority_takes_the_nodes_and_gives_them_back(
     slurm: Cluster, submit: Submit, calm: Path, tmp_path: Path
 ) -> None:
@@ -154,6 +155,7 @@ def test_job_of_higher_priority_takes_the_nodes_and_gives_them_back(
     assert_same_run(tmp_path / "run", calm / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("node", ["n1", "n2"])
 def test_node_whose_power_is_cut_is_replaced_and_the_run_ends_with_the_same_bits(
     node: str, slurm: Cluster, submit: Submit, calm: Path, tmp_path: Path
@@ -170,6 +172,7 @@ def test_node_whose_power_is_cut_is_replaced_and_the_run_ends_with_the_same_bits
     wait_for(lambda: slurm.node_state(node) == "IDLE", f"{node} back")
 
 
+@pytest.mark.slow
 def test_cancelled_run_is_saved_and_stays_away_until_it_is_submitted_again(
     slurm: Cluster, submit: Submit, calm: Path, tmp_path: Path
 ) -> None:
@@ -183,6 +186,7 @@ def test_cancelled_run_is_saved_and_stays_away_until_it_is_submitted_again(
     assert_same_run(tmp_path / "run", calm / "run")
 
 
+@pytest.mark.slow
 def test_rank_that_dies_ends_the_job_with_the_reason_and_the_next_start_goes_on(
     slurm: Cluster, submit: Submit, calm: Path, tmp_path: Path
 ) -> None:
@@ -195,6 +199,7 @@ def test_rank_that_dies_ends_the_job_with_the_reason_and_the_next_start_goes_on(
     assert_same_run(tmp_path / "run", calm / "run")
 
 
+@pytest.mark.slow
 def test_rank_that_only_waits_for_a_dead_one_is_ended_after_45_seconds(
     slurm: Cluster, submit: Submit, calm: Path, tmp_path: Path
 ) -> None:
@@ -208,6 +213,7 @@ def test_rank_that_only_waits_for_a_dead_one_is_ended_after_45_seconds(
     assert_same_run(tmp_path / "run", calm / "run")
 
 
+@pytest.mark.slow
 def test_run_that_dies_twice_at_the_same_step_is_not_queued_a_third_time(
     slurm: Cluster, submit: Submit, tmp_path: Path
 ) -> None:
@@ -224,6 +230,7 @@ def test_run_that_dies_twice_at_the_same_step_is_not_queued_a_third_time(
     assert f"has started {tmp_path}/run 2 times from step 0 and saved nothing since" in read(job.log)
 
 
+@pytest.mark.slow
 def test_bad_input_fails_at_once_with_its_sentence(slurm: Cluster, submit: Submit) -> None:
     job = submit(batch_size=7)
     slurm.wait(job, "FAILED")
@@ -231,6 +238,7 @@ def test_bad_input_fails_at_once_with_its_sentence(slurm: Cluster, submit: Submi
     assert "batch_size 7 must be 2 rank(s)" in read(job.log)
 
 
+@pytest.mark.slow
 def test_sweep_runs_every_arm_with_every_seed(
     slurm: Cluster, arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -248,6 +256,7 @@ def test_sweep_runs_every_arm_with_every_seed(
     assert "seed: 6" in (tmp_path / "sweep/staged-seed6/config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_sweep_of_another_size_than_its_array_is_refused(slurm: Cluster, tmp_path: Path) -> None:
     script = str(ROOT / "slurm/sweep.sbatch")
     slurm.submit("--array=0-2", script, "out", "5 6", "a.yaml", "b.yaml", "--", folder=tmp_path)
@@ -264,6 +273,7 @@ def missing(targets: Path) -> list[int]:
     return [r.first for r in load_header(targets).ranges(0, STEPS * 8) if r.first not in finished(targets)]
 
 
+@pytest.mark.slow
 def test_tasks_of_an_array_score_one_folder_that_teaches_as_the_teacher_does(
     slurm: Cluster, arguments: Callable[..., list[str]], calm: Path, submit: Submit, tmp_path: Path
 ) -> None:
@@ -283,6 +293,7 @@ def test_tasks_of_an_array_score_one_folder_that_teaches_as_the_teacher_does(
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_scoring_that_is_preempted_goes_back_into_the_queue_and_on_with_what_is_missing(
     slurm: Cluster, arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -298,6 +309,7 @@ def test_scoring_that_is_preempted_goes_back_into_the_queue_and_on_with_what_is_
     assert len((targets / "part-0-of-1.jsonl").read_text().splitlines()) == STEPS * 8  # none twice
 
 
+@pytest.mark.slow
 def test_scoring_by_a_part_of_an_array_is_refused(slurm: Cluster, tmp_path: Path) -> None:
     slurm.submit("--array=1-2", SCORE, "a.yaml", "--out", "x", "--codec", "sampled", folder=tmp_path)
     wait_for(lambda: len(list(tmp_path.glob("*.log"))) == 2, "two logs")
@@ -305,6 +317,7 @@ def test_scoring_by_a_part_of_an_array_is_refused(slurm: Cluster, tmp_path: Path
     assert all("must be 0-N, all of it" in read(log) for log in tmp_path.glob("*.log"))
 
 
+@pytest.mark.slow
 def test_dump_parts_are_extracted_by_an_array_and_joined_by_one_job(slurm: Cluster, tmp_path: Path) -> None:
     for part in range(2):
         pages = [page(i) for i in range(20 * part, 20 * part + 20)]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +23,8 @@ from tiny import (
     SIZES,
     TOKENIZER,
     VOCABULARY,
+    Ended,
+    Kill,
     Started,
     assert_same_run,
     config,
@@ -187,6 +190,8 @@ class InMemory:
         self.model = self.models[schedule.checkpoint_at(consumed)]
         return 0.0
 
+    def await_next(self, schedule: Any, consumed: int) -> None: ...
+
     @torch.no_grad()
     def signal(self, batch: Batch) -> Rows:
         return counted_rows(self.model, batch.inputs, batch.rows_N)
@@ -205,13 +210,19 @@ def run_ranks(
     arguments: list[str], folder: Path, size: int, environ: dict[str, str], patch: Any = None
 ) -> list[str]:
     """Run `distill ARGUMENTS` on ranks that each have a disk of their own, $DISK. Returns what they wrote."""
+    return [ended.ok().output for ended in ranks_ended(arguments, folder, size, environ, patch)]
+
+
+def ranks_ended(
+    arguments: list[str], folder: Path, size: int, environ: dict[str, str], patch: Any = None
+) -> list[Ended]:
     folder.mkdir()
     meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for rank in range(size):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "DISK": str(folder / f"disk{rank}")}
         started.append(Started(arguments, folder / f"output{rank}", {**environ, **meeting, **own}, patch))
-    return [each.wait().ok().output for each in started]
+    return [each.wait() for each in started]
 
 
 def student(shards: Path, run_dir: Path, trajectory: str | Path, **changes: Any) -> list[str]:
@@ -264,6 +275,43 @@ def test_every_byte_leaves_storage_once_for_four_nodes(
     assert len(own) == 4
     assert sum(own) == pytest.approx(whole, rel=0.05)
     assert max(own) < 0.3 * whole
+
+
+FETCHES = {  # where the signal comes: the step after which the run leaves
+    "the first teacher": (Kill("distill.trajectory.fetch:Transfer._read", 1, number=signal.SIGTERM), 0),
+    "the next, beside a step": (Kill("distill.engine:Engine.backward", 1, number=signal.SIGTERM), 1),
+    "the next, waited for": (
+        Kill("distill.trajectory.stream:CheckpointStream.wait_for", 1, number=signal.SIGTERM),
+        3,
+    ),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", FETCHES)
+def test_run_told_to_stop_while_it_fetches_gives_the_fetch_up_saves_and_goes_on_to_the_same_bits(
+    what: str,
+    size: int,
+    there: str,
+    seaweed: Seaweed,
+    shards: Path,
+    from_memory: dict[int, Path],
+    tmp_path: Path,
+) -> None:
+    kill, step = FETCHES[what]
+    arguments = ["train", *student(shards, tmp_path / "run", there, teacher__cache="$DISK")]
+    with fault_proxy(seaweed.address, {"latency": 1.0}, latency=0.5) as slow:
+        stopped = ranks_ended(arguments, tmp_path / "stopped", size, slow.environ, kill)
+    for ended in stopped:
+        assert ended.code == 143, ended.output
+        assert f"stopped by signal 15 after step {step};" in ended.output
+    saved = [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")]
+    assert saved == [f"step_{step:08d}"] * (step > 0)
+    for disk in (tmp_path / "stopped").glob("disk*"):
+        assert [p.name[:13] for p in disk.iterdir()] == ["step_00000002"] * (step > 0)
+    run_ranks(arguments, tmp_path / "ranks", size, seaweed.environ)
+    assert_same_run(tmp_path / "run", from_memory[size])
 
 
 def test_local_trajectory_is_read_where_it_lies(

@@ -86,7 +86,7 @@ def test_rows_come_when_they_are_due_and_say_all_keys(
         0 < train["mfu"] < train["mfu_with_teacher"] < 1.34 * train["mfu"]
     )  # its forward, of a model as large
     assert 0 < train["swap_seconds"] <= train["stall_seconds"]
-    assert train["slowest_rank"] == 1.0  # of one
+    assert (train["slowest_rank"], train["slowest_over_mean"]) == (0, 1.0)  # of one
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
@@ -130,7 +130,8 @@ def test_row_tells_the_slowest_rank_the_node_that_read_most_and_the_fullest(
     monkeypatch.setattr("distill.accounting.gather_from_ranks", of_four_ranks)
     loop.train(config(shards, tmp_path / "run", steps=3))
     (row,) = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
-    assert (row["slowest_rank"], row["storage_mb_per_node"], row["memory_peak_gib"]) == (2.0, 2.0, 5.0)
+    assert (row["slowest_rank"], row["slowest_over_mean"]) == (1, 2.0)
+    assert (row["storage_mb_per_node"], row["memory_peak_gib"]) == (2.0, 5.0)
     assert row["mfu_with_teacher"] == row["mfu"]
     ((seconds, num_bytes, gib),) = own
     assert 0 < seconds < row["seconds"]

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from distill.signals import stop_signal
 from distill.trajectory.cache import Cache, Held
 from distill.trajectory.disk import Disk
 from distill.trajectory.landing import Landing
@@ -35,7 +36,7 @@ class Fetcher:
         """in_place: files in a local folder are read where they lie."""
         self.manifest, self.nodes, self.cache, self.in_place = manifest, nodes, cache, in_place
         self.bytes_read = 0  # from storage by this node; its first rank counts
-        self.stopping = threading.Event()  # makes a fetch under way raise Cancelled
+        self.stopping = threading.Event()  # makes a fetch under way raise Cancelled, as a stop signal does
         self._verified: set[str] = set()
 
     @contextmanager
@@ -47,6 +48,7 @@ class Fetcher:
         Raises:
             BadTrajectory: the manifest has no such step, or files that differ from it, also after a second fetch.
             OSError: no room (StoreError: what storage could not do).
+            Cancelled: the run leaves.
         """
         if step not in self.manifest.checkpoints:
             raise BadTrajectory(
@@ -224,7 +226,7 @@ class Transfer:
 
     def _read(self, name: str, landing: Landing, cuts: Sequence[int], etag: str | None) -> None:
         """Read this node's slice from storage."""
-        if self.stopping.is_set():
+        if self.stopping.is_set() or stop_signal():
             raise Cancelled
         if self.from_storage:
             first, last = cuts[self.leaders.index], cuts[self.leaders.index + 1]

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -55,12 +55,19 @@ class CheckpointStream:
         if self._pending is None or self._pending[0] != step:
             self._pending = (step, self._thread.submit(self._stage, step, upcoming))
 
+    def wait_for(self, step: int) -> None:
+        """Until these weights are there, or can't be had, as `swap_in` will tell."""
+        self.prefetch(step)
+        assert self._pending is not None
+        wait([self._pending[1]])
+
     def swap_in(self, step: int) -> None:
         """Give the model these weights, in place, once they are there.
 
         Raises:
             BadTrajectory: the step is unknown, its files differ from the manifest, or the model can't hold them.
             OSError: storage or the disk can't give them.
+            Cancelled: a stop signal came before they were there.
         """
         self.prefetch(step)
         assert self._pending is not None

@@ -1,11 +1,12 @@
 """What the loop costs around the arithmetic: its step, a second rank, saving, resuming. On CPU.
 
-    python tests/bench/training.py [--json] [--steps 60] [--repeats 3]
+    python tests/bench/training.py [--json] [--steps 40] [--repeats 3]
 
-A BERT of 3.3 M parameters learns from a teacher of the same size, 32 sequences of 32 tokens a step, in fp32.
-`loop`: a step of the loop (data, teacher, accounting, rows, agreement) next to the same forwards, backward and optimizer
-on a batch in memory, alternating in one run; medians. `ranks`: tokens a second of two ranks, each on a core of its own,
-over one rank on one core; whole runs, interleaved, best of the repeats. `save`: seconds that a resumable checkpoint blocks the
+A BERT of 3.3 M parameters learns from a teacher of the same size, 64 sequences of 32 tokens a step, in fp32.
+`loop`: a step of the loop (data, teacher, DeepSpeed, accounting, rows, agreement) next to the same forwards, backward, clipping
+and AdamW in plain torch on a batch in memory, alternating in one run; medians. `ranks`: tokens a second of two ranks, each on a
+core of its own, over one rank on one core; `pair`: the same of two runs that have nothing to do with each other, which is what
+the machine leaves to have; whole runs, interleaved, best of the repeats. `save`: seconds that a resumable checkpoint blocks the
 loop, as a share of the 500 steps of the default interval; median. `start`: from the command to the end of the first step, of
 a fresh run and of one that goes on (`same`: as it was saved; `other`: dealt anew to another ZeRO stage); interleaved, best.
 A row is appended to training.csv. Other work on the machine spoils all but `loop`.
@@ -25,18 +26,21 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import numpy as np  # noqa: E402
 import tiny  # noqa: E402
+import torch  # noqa: E402
 from measure import append_row, provenance  # noqa: E402
 
 import distill.train as loop  # noqa: E402
-from distill.build import Run  # noqa: E402
+from distill.build import Run, student_model  # noqa: E402
 from distill.config import SaveConfig  # noqa: E402
+from distill.data import Batch  # noqa: E402
+from distill.engine import Student  # noqa: E402
 from distill.models import build_model  # noqa: E402
 from distill.trajectory.manifest import Manifest, describe  # noqa: E402
 from distill.trajectory.store import open_store  # noqa: E402
@@ -44,7 +48,7 @@ from distill.trajectory.store import open_store  # noqa: E402
 CSV = Path(__file__).with_suffix(".csv")
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
 SHAPE |= {"max_position_embeddings": tiny.LENGTH}
-BATCH = 32
+BATCH = 64
 
 
 def make_teacher(folder: Path) -> Path:
@@ -55,6 +59,13 @@ def make_teacher(folder: Path) -> Path:
     manifest.complete = True
     manifest.write()
     return folder
+
+
+def clock() -> float:
+    """Seconds, once a GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def keys_of(teacher: Path, **changes: Any) -> dict[str, Any]:
@@ -73,31 +84,52 @@ def keys_of(teacher: Path, **changes: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ in one process
 
 
+class Plain:
+    """A step in plain torch: forwards, backward, clipping, AdamW; with fp32 masters of weights that are not fp32."""
+
+    def __init__(self, run: Run) -> None:
+        model = student_model(run.config, run.samples).to(run.engine.model.device, run.engine.model.dtype)
+        self.student, self.clip = Student(model).train(), run.config.optim.clip
+        self.weights = list(self.student.parameters())
+        self.masters = [w.detach().float() for w in self.weights]
+        self.optimizer = torch.optim.AdamW(self.masters, fused=True)
+
+    def __call__(self, run: Run, batch: Batch, objective: Any, lr: float) -> None:
+        assert run.teacher is not None
+        said = run.teacher.signal(batch)
+        sums = self.student(batch.inputs, batch.rows_N, batch.labels_N, said, objective)
+        (sums.loss / len(batch.rows_N)).backward()
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            master.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self.masters, self.clip)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        with torch.no_grad():
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                weight.copy_(master)
+
+
 class Alternating:
     """In the place of `train_step`: after each step of the loop, the same work alone."""
 
     def __init__(self) -> None:
         self.loop_seconds: list[float] = []
         self.bare_seconds: list[float] = []
-        self._step, self._batch, self._left = loop.train_step, None, 0.0
+        self._step, self._left = loop.train_step, 0.0
+        self._plain: Plain | None = None
 
     def __call__(self, run: Run, batches: Any, objective: Any, lr: float, state: Any, window: Any) -> Any:
         norm = self._step(run, batches, objective, lr, state, window)
-        now = time.perf_counter()
+        now = clock()
         if self._left:
             self.loop_seconds.append(now - self._left)
-        self._bare(run, objective, lr)
-        self.bare_seconds.append(time.perf_counter() - now)
-        self._left = time.perf_counter()
+        if self._plain is None:
+            self._plain, self._batch = Plain(run), run.samples[np.arange(BATCH)].to(run.world.device)
+        before = clock()
+        self._plain(run, self._batch, objective, lr)
+        self._left = clock()
+        self.bare_seconds.append(self._left - before)
         return norm
-
-    def _bare(self, run: Run, objective: Any, lr: float) -> None:
-        self._batch = batch = self._batch or run.samples[np.arange(BATCH)]
-        assert run.teacher is not None
-        teacher_rows = run.teacher.rows(batch.inputs, batch.rows_N)
-        sums = run.engine.forward(batch.inputs, batch.rows_N, batch.labels_N, teacher_rows, objective)
-        run.engine.backward(sums.loss, float(len(batch.rows_N)))
-        run.engine.step(lr)
 
 
 def measure_loop(shards: Path, teacher: Path, folder: Path, steps: int) -> dict[str, float]:
@@ -132,7 +164,7 @@ def measure_loop(shards: Path, teacher: Path, folder: Path, steps: int) -> dict[
 
 
 @contextmanager
-def started(arguments: list[str], ranks: int = 1) -> Iterator[list[subprocess.Popen[bytes]]]:
+def started(arguments: list[str], ranks: int = 1, core: int = 0) -> Iterator[list[subprocess.Popen[bytes]]]:
     """`distill ARGUMENTS` on that many ranks, each on a core of its own. What still runs is killed in the end."""
     environ = {**os.environ, "PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     if ranks > 1:
@@ -144,7 +176,7 @@ def started(arguments: list[str], ranks: int = 1) -> Iterator[list[subprocess.Po
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(ranks):
-            command = ["taskset", "-c", str(rank), sys.executable, "-m", "distill", *arguments]
+            command = ["taskset", "-c", str(core + rank), sys.executable, "-m", "distill", *arguments]
             of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             processes.append(subprocess.Popen(command, env=environ | of_rank, **silent))
@@ -155,21 +187,45 @@ def started(arguments: list[str], ranks: int = 1) -> Iterator[list[subprocess.Po
             process.wait()
 
 
-def tokens_per_second(shards: Path, teacher: Path, run_dir: Path, ranks: int, steps: int) -> float:
-    arguments = ["train", *tiny.settings(shards, run_dir, **keys_of(teacher, steps=steps))]
-    with started(arguments, ranks) as processes:
-        assert [p.wait() for p in processes] == [0] * ranks
+def speed_of(run_dir: Path) -> float:
     rows = tiny.read_rows(run_dir / "metrics.jsonl", "train")[1:]  # the first builds the teacher
     return statistics.median(row["tokens_per_second"] for row in rows)
 
 
+def tokens_per_second(shards: Path, teacher: Path, run_dir: Path, ranks: int, steps: int) -> float:
+    arguments = ["train", *tiny.settings(shards, run_dir, **keys_of(teacher, steps=steps))]
+    with started(arguments, ranks) as processes:
+        assert [p.wait() for p in processes] == [0] * ranks
+    return speed_of(run_dir)
+
+
+def tokens_per_second_of_a_pair(shards: Path, teacher: Path, folder: Path, steps: int) -> float:
+    """Of two runs at once that share nothing but the machine, each with its half of the batch."""
+    keys = keys_of(teacher, steps=steps, batch_size=BATCH // 2)
+    runs = [folder.with_name(f"{folder.name}-{core}") for core in range(2)]
+    with ExitStack() as stack:
+        for core, run_dir in enumerate(runs):
+            command = ["train", *tiny.settings(shards, run_dir, **keys)]
+            (process,) = stack.enter_context(started(command, core=core))
+            stack.callback(process.wait)
+    return sum(map(speed_of, runs))
+
+
 def measure_ranks(shards: Path, teacher: Path, folder: Path, steps: int, repeats: int) -> dict[str, float]:
-    found: dict[int, list[float]] = {1: [], 2: []}
+    found: dict[str, list[float]] = {"1": [], "2": [], "pair": []}
     for repeat in range(repeats):
-        for ranks, speeds in found.items():
-            speeds.append(tokens_per_second(shards, teacher, folder / f"r{ranks}-{repeat}", ranks, steps))
-    one, two = max(found[1]), max(found[2])
-    return {"ranks_1_tokens_per_second": one, "ranks_2_tokens_per_second": two, "ranks_2_over_1": two / one}
+        for ranks in (1, 2):
+            run_dir = folder / f"r{ranks}-{repeat}"
+            found[str(ranks)].append(tokens_per_second(shards, teacher, run_dir, ranks, steps))
+        found["pair"].append(tokens_per_second_of_a_pair(shards, teacher, folder / f"p{repeat}", steps))
+    one, two, pair = (max(speeds) for speeds in found.values())
+    return {
+        "ranks_1_tokens_per_second": one,
+        "ranks_2_tokens_per_second": two,
+        "ranks_2_over_1": two / one,
+        "pair_over_1": pair / one,
+        "ranks_2_over_pair": two / pair,
+    }
 
 
 def seconds_to_first_step(arguments: list[str], run_dir: Path) -> float:
@@ -216,7 +272,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--csv", type=Path, default=CSV, help="where a row is appended")
     arguments = parser.parse_args()
