@@ -1,14 +1,17 @@
 """A run goes on with other numbers of ranks, other micro-batches and in other ZeRO stages, and learns the same.
 
 The same samples, teacher and learning rate to the bit; losses, norms and weights as far as the order of sums allows. That is
-the tolerance of test_equivalence, for the reasons told there: the largest difference found here was 4e-7 of a loss.
+the tolerance of test_equivalence, for the reasons told there: the largest difference found here was 4e-7 of a loss, 2.1e-5
+in bf16.
 """
 
 from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -121,7 +124,7 @@ def test_bf16_run_goes_on_in_another_layout(ragged: Path, teacher_run: Path, tmp
         run(ragged, teacher_run, tmp_path / "run", **bf16),
     )
     found, expected = (rows(tmp_path / name, "train") for name in ("run", "calm"))
-    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], rel=5e-3)
+    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], rel=5e-4)
 
 
 def test_decisions_of_a_schedule_that_follows_the_student_survive(
@@ -216,12 +219,29 @@ def test_weights_that_stage_3_keeps_whole_for_being_small_are_taken_up_too(
     assert_taken_up("fp32", before, after, shards, tmp_path)
 
 
-def assert_taken_up(dtype: str, before: int, after: int, shards: Path, tmp_path: Path) -> None:
-    one = engine_of(shards, tmp_path, before, dtype)
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 1)])
+@pytest.mark.parametrize("offloaded", ["before", "after"])
+def test_optimizer_state_goes_to_the_host_and_back_to_the_bit(
+    offloaded: str, before: int, after: int, shards: Path, tmp_path: Path, splits_all: None
+) -> None:
+    changes = {f"{offloaded}_changes": {"engine__offload_optimizer": True}}
+    assert_taken_up("fp32", before, after, shards, tmp_path, **changes)
+
+
+def assert_taken_up(
+    dtype: str,
+    before: int,
+    after: int,
+    shards: Path,
+    tmp_path: Path,
+    before_changes: Mapping[str, Any] = MappingProxyType({}),
+    after_changes: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    one = engine_of(shards, tmp_path, before, dtype, **before_changes)
     for _ in range(2):
         train_step(one, shards, tmp_path)
     one.save(tmp_path / "one")
-    other = engine_of(shards, tmp_path, after, dtype, seed=1)
+    other = engine_of(shards, tmp_path, after, dtype, seed=1, **after_changes)
     other.load(tmp_path / "one", 1, before)
     weights, expected = other.weights(), one.weights()
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
