@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,16 +64,30 @@ def run_command(module: str, *arguments: str) -> None:
         raise CommandFailed(code if code > 0 else 128 - code)
 
 
+def told(study: Callable[[], str]) -> int:
+    """Run a study and print what it found. The exit code of its command."""
+    try:
+        print(f"\n{study()}")
+    except CommandFailed as failure:
+        print(failure, file=sys.stderr)
+        return failure.code
+    except ValueError as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def dtype_for_this_cpu() -> list[str]:
     """Settings for a study on CPU: fp32 where bf16 matrix products are emulated, which takes many times longer."""
     return [] if hardware.cpu_multiplies(torch.bfloat16) else ["engine.dtype=fp32", "teacher.dtype=fp32"]
 
 
 def train_arm(run_dir: Path, config: Path, settings: Sequence[str]) -> dict[str, Any]:
-    """Train one run to its end, unless that is done. Returns its result.json."""
+    """Train one run to its end, unless that is done. Returns its result.json, and the minutes of training alone."""
     if read_result(run_dir) is None:
         run_command("distill", "train", str(config), f"run_dir={run_dir}", *settings)
-    return json.loads((run_dir / "result.json").read_text())
+    seconds = sum(row["seconds"] for row in read_rows(run_dir / METRICS, "train"))
+    return {**json.loads((run_dir / "result.json").read_text()), "minutes": seconds / 60}
 
 
 def curve(run_dir: Path, key: str) -> tuple[list[int], list[float]]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.shards import ShardReader, write_shards
-from distill.experiments.arms import CommandFailed, save_results, table, train_arm
+from distill.experiments.arms import save_results, table, told, train_arm
 from distill.experiments.objectives import prepare_shards, student_config, train_teacher
 from distill.experiments.wiki_books import CONFIGS
 
@@ -93,12 +93,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and sample order")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for every run")
     arguments = parser.parse_args()
-    try:
-        print(study(arguments.out, arguments.seeds, arguments.settings))
-    except CommandFailed as failure:
-        print(failure, file=sys.stderr)
-        return failure.code
-    return 0
+    return told(lambda: study(arguments.out, arguments.seeds, arguments.settings))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from distill.config import Config
 from distill.config_reader import load_config
 from distill.data import Samples, validation_batches
 from distill.evaluate import validation_samples
-from distill.experiments.arms import CommandFailed, run_command, save_results, table, train_arm
+from distill.experiments.arms import run_command, save_results, table, told, train_arm
 from distill.experiments.wiki_books import CONFIGS, prepare_data
 from distill.files import write_text
 from distill.models import DTYPES, counted_rows, quiet_transformers
@@ -193,15 +193,11 @@ def main() -> int:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for every run")
     arguments = parser.parse_args()
+    if not arguments.one:
+        return told(lambda: study(arguments.out, arguments.arms, arguments.seeds, arguments.settings))
+    catch_stop_signals()
     try:
-        if arguments.one:
-            catch_stop_signals()
-            run_one(arguments.out, arguments.one, arguments.seeds[0], arguments.settings)
-            return 0
-        print(study(arguments.out, arguments.arms, arguments.seeds, arguments.settings))
-    except CommandFailed as failure:
-        print(failure, file=sys.stderr)
-        return failure.code
+        run_one(arguments.out, arguments.one, arguments.seeds[0], arguments.settings)
     except Stopped as stopped:
         return 128 + stopped.signal_number
     return 0

@@ -25,7 +25,6 @@ from data_prep.grammars import NAMES
 from distill.config_reader import load_config
 from distill.experiments.arms import (
     Arm,
-    CommandFailed,
     curve,
     mean_and_spread,
     paired_t,
@@ -34,10 +33,10 @@ from distill.experiments.arms import (
     save_figure,
     save_results,
     table,
+    told,
     train_arm,
 )
 from distill.experiments.nonterminals import NonterminalStudy, probe_nonterminals
-from distill.metrics import METRICS, read_rows
 from distill.probes.trajectory import RESULTS, ProbeSettings
 from distill.probes.transition import Suggestion, suggest_schedule
 
@@ -114,7 +113,7 @@ def study(arguments: argparse.Namespace) -> str:
     configs = {role: CONFIGS / f"pcfg_{arguments.size}_{task}_{role}.yaml" for role in ("teacher", "student")}
     common = [f"data.shards={shards}", *arguments.settings]
     teacher = out / "runs" / "teacher"
-    results: dict[str, Any] = {"teacher": [timed(teacher, configs["teacher"], common)]}
+    results: dict[str, Any] = {"teacher": [train_arm(teacher, configs["teacher"], common)]}
     probed = probe_teacher(teacher, out, size.probed_sentences)
     steps = [row["step"] for row in probed["rows"]]
     needs_transition = any(name.startswith("two_shot") for name in arguments.arms)
@@ -126,7 +125,7 @@ def study(arguments: argparse.Namespace) -> str:
         for name in arguments.arms:
             folders[name].append(out / "runs" / f"{name}_seed{seed}")
             settings = [*common, f"seed={seed}", *known[name].settings, *budget]
-            results.setdefault(name, []).append(timed(folders[name][-1], configs["student"], settings))
+            results.setdefault(name, []).append(student(folders[name][-1], configs["student"], settings))
     titles = {"teacher": "teacher (its own run)"} | {name: known[name].title for name in arguments.arms}
     save_results(out / "results.json", {"seeds": arguments.seeds, "runs": results, "probes": probed})
     plot(
@@ -141,17 +140,17 @@ def study(arguments: argparse.Namespace) -> str:
         table(results, titles, COLUMNS),
         difference(results),
         nonterminal_table(probed["nonterminals"], steps),
+        f"pictures: {out}/*.png, {out}/probe   figures: {out}/results.json",
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def timed(run_dir: Path, config: Path, settings: list[str]) -> dict[str, Any]:
-    """`train_arm`, with top-1 on the way and the minutes that its steps took."""
+def student(run_dir: Path, config: Path, settings: list[str]) -> dict[str, Any]:
+    """`train_arm`, with top-1 on the way."""
     result = train_arm(run_dir, config, settings)
-    seconds = sum(row["seconds"] for row in read_rows(run_dir / METRICS, "train"))
     on_the_way = {f"accuracy_{name}": accuracy_at(run_dir, share) for name, share in
                   (("third", 1 / 3), ("two_thirds", 2 / 3))}  # fmt: skip
-    return {**result, **on_the_way, "minutes": seconds / 60}
+    return {**result, **on_the_way}
 
 
 def accuracy_at(run_dir: Path, share: float) -> float:
@@ -237,18 +236,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    try:
-        found = study(arguments)
-    except CommandFailed as failure:
-        print(failure, file=sys.stderr)
-        return failure.code
-    except ValueError as error:
-        print(f"pcfg: {error}", file=sys.stderr)
-        return 2
-    print(
-        f"\n{found}\n\npictures: {arguments.out}/*.png, {arguments.out}/probe   figures: {arguments.out}/results.json"
-    )
-    return 0
+    return told(lambda: study(arguments))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ from matplotlib import pyplot
 
 from distill.experiments.arms import (
     Arm,
-    CommandFailed,
     curve,
     mean_and_spread,
     paired_t,
     save_figure,
     save_results,
+    told,
     train_arm,
 )
 from distill.experiments.wiki_books import CONFIGS, prepare_data
@@ -115,7 +115,8 @@ def study(arguments: argparse.Namespace) -> str:
     save_results(out / "map.json", {"seeds": arguments.seeds, "cells": {c.name: found[c] for c in cells}})
     titles = {name: known[name].title for name in names}
     plot(found, titles, out / "map.png")
-    return "\n\n".join(cell_table(cell, arms_found, titles) for cell, arms_found in found.items())
+    tables = [cell_table(cell, arms_found, titles) for cell, arms_found in found.items()]
+    return "\n\n".join([*tables, f"picture: {out}/map.png   figures: {out}/map.json"])
 
 
 def folder_of(out: Path, cell: Cell, arm: str, seed: int) -> Path:
@@ -232,13 +233,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    try:
-        found = study(arguments)
-    except CommandFailed as failure:
-        print(failure, file=sys.stderr)
-        return failure.code
-    print(f"\n{found}\n\npicture: {arguments.out}/map.png   figures: {arguments.out}/map.json")
-    return 0
+    return told(lambda: study(arguments))
 
 
 if __name__ == "__main__":

@@ -17,16 +17,15 @@ from typing import Any
 
 from distill.experiments.arms import (
     Arm,
-    CommandFailed,
     dtype_for_this_cpu,
     plot,
     run_command,
     save_results,
     steps_to,
     table,
+    told,
     train_arm,
 )
-from distill.metrics import METRICS, read_rows
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SEQUENCE_LENGTH, VOCAB_SIZE = "64", "1024"
@@ -73,14 +72,16 @@ def study(out: Path, seeds: list[int], workers: int, settings: list[str]) -> str
     settings = [*dtype_for_this_cpu(), *settings]
     teacher_dir = out / "runs" / "teacher"
     results: dict[str, list[Any]] = {
-        "teacher": [timed(teacher_dir, CONFIGS / "demo_teacher.yaml", [f"data.shards={shards}", *settings])]
+        "teacher": [
+            train_arm(teacher_dir, CONFIGS / "demo_teacher.yaml", [f"data.shards={shards}", *settings])
+        ]
     }
     titles, folders = {"teacher": "teacher (its own run)"}, {}
     for arm in arms(teacher_dir / "trajectory"):
         titles[arm.name] = arm.title
         folders[arm.name] = [out / "runs" / f"{arm.name}_seed{seed}" for seed in seeds]
         results[arm.name] = [
-            timed(
+            train_arm(
                 folder,
                 CONFIGS / "demo_student.yaml",
                 [f"data.shards={shards}", f"seed={seed}", *arm.settings, *settings],
@@ -98,14 +99,8 @@ def study(out: Path, seeds: list[int], workers: int, settings: list[str]) -> str
         f"Wikipedia + Books at demo scale, student seeds {seeds}",
     )
     save_results(out / "results.json", results)
-    return table(results, titles, COLUMNS)
-
-
-def timed(run_dir: Path, config: Path, settings: list[str]) -> dict[str, Any]:
-    """`train_arm`, with the minutes its steps took: of training alone, over all its starts."""
-    result = train_arm(run_dir, config, settings)
-    seconds = sum(row["seconds"] for row in read_rows(run_dir / METRICS, "train"))
-    return {**result, "minutes": seconds / 60}
+    places = f"picture: {out}/curves.png   figures: {out}/results.json   TensorBoard: tensorboard --logdir {out}/runs"
+    return f"{table(results, titles, COLUMNS)}\n\n{places}"
 
 
 def main() -> int:
@@ -129,16 +124,7 @@ def main() -> int:
         "settings", nargs="*", metavar="key=value", help="settings for every run, e.g. engine.dtype=fp32"
     )
     arguments = parser.parse_args()
-    try:
-        found = study(arguments.out, arguments.seeds, arguments.workers, arguments.settings)
-    except CommandFailed as failure:
-        print(failure, file=sys.stderr)
-        return failure.code
-    out = arguments.out
-    print(
-        f"\n{found}\n\npicture: {out}/curves.png   figures: {out}/results.json   TensorBoard: tensorboard --logdir {out}/runs"
-    )
-    return 0
+    return told(lambda: study(arguments.out, arguments.seeds, arguments.workers, arguments.settings))
 
 
 if __name__ == "__main__":
