@@ -14,14 +14,16 @@ from typing import Any
 
 from distill.config import Config, help_text
 from distill.config_reader import load_config
-from distill.signals import Stopped, catch_stop_signals
+from distill.signals import Cancelled, Stopped, catch_stop_signals, stop_signal
 from distill.trajectory import commands as trajectory_commands
+from distill.trajectory.storage import may_pass
 
+MAY_PASS = 75  # exit code, of sysexits.h: to be tried again
 TRAIN_HELP = """keys (defaults < YAML files < key=value):
 {keys}
 
 A ramp is a number or a list of [share of the budget, value].
-Exit codes: 0 done, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1
+Exit codes: 0 done, 2 bad input, 75 storage or a file system failed, 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1
 (saved; the same command goes on).
 
 example: distill train student.yaml run_dir=runs/student teacher.trajectory=runs/teacher/trajectory schedule.kind=equal"""
@@ -57,7 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
     attempt = commands.add_parser(
         "attempt", help="for batch scripts: may this SLURM job start the run once more? Exit code 2: no"
     )
-    attempt.add_argument("when", choices=("start", "again"), help="start: also note that it does so now")
+    attempt.add_argument(
+        "when",
+        choices=("start", "again", "stopped"),
+        help="start: also note that it does so now; stopped: note that it was told to",
+    )
     attempt.add_argument("settings", nargs="*", help="as for `distill train`")
 
     add_plan(commands)
@@ -199,11 +205,13 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.command == "score":
         run_score(arguments)
     elif arguments.command == "attempt":
-        from distill.attempts import note_start, refuse_standstill
+        from distill.attempts import note_start, note_stop, refuse_standstill
 
         folder, job = Path(config_of(arguments).run_dir), os.environ["SLURM_JOB_ID"]
         if arguments.when == "again":
             refuse_standstill(folder, job)
+        elif arguments.when == "stopped":
+            note_stop(folder)
         else:
             print(f"{folder} goes on from step {note_start(folder, job)}")
     elif arguments.command == "plan":
@@ -272,9 +280,20 @@ def report(result: Mapping[str, object]) -> None:
         print(json.dumps(result))
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments; settings may also come after options, which argparse by itself would refuse."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(arguments, "settings") and all("=" in s and s[0] != "-" for s in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.settings = [*arguments.settings, *rest]
+    return arguments
+
+
 def main() -> int:
     """Entry point of `distill`; returns the exit code."""
-    arguments = build_parser().parse_args()
+    arguments = parse(sys.argv[1:])
     if arguments.command in ("train", "score"):  # the others have nothing to save
         catch_stop_signals()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -283,10 +302,13 @@ def main() -> int:
     except Stopped as stopped:
         print(f"distill: {stopped}", file=sys.stderr)
         return 128 + stopped.signal_number
+    except Cancelled:
+        print("distill: stopped by a signal while a teacher was fetched", file=sys.stderr)
+        return 128 + stop_signal()
     # All that a user can mend has a sentence; faults of a disk name the file.
     except (ValueError, OSError) as error:
         print(f"distill: {error}", file=sys.stderr)
-        return 2
+        return MAY_PASS if may_pass(error) else 2
 
 
 if __name__ == "__main__":

@@ -13,35 +13,45 @@ from distill.run_folder import saved_checkpoints, step_of
 
 ATTEMPTS = "attempts.jsonl"  # in the run's folder, one line a start
 MOST_STARTS = 2  # of one job from one step
+MOST_STOPS = 10  # of them that were told to stop, by preemption or a time limit
 
 
 class Standstill(ValueError):
-    """A job has started a run twice from the same step."""
+    """A job has started a run too often from the same step."""
 
 
 def note_start(folder: Path, job: str) -> int:
     """Record that `job` starts the run in `folder` now. Returns the step it goes on from.
 
     Raises:
-        Standstill: it has started there twice already.
+        Standstill: it has started there too often already.
     """
     refuse_standstill(folder, job)
     folder.mkdir(parents=True, exist_ok=True)
     step = saved_step(folder)
-    lines = [*_attempts(folder), {"job": job, "step": step}]
-    write_text(folder / ATTEMPTS, "".join(json.dumps(line) + "\n" for line in lines))
+    _write(folder, [*_attempts(folder), {"job": job, "step": step}])
     return step
 
 
-def refuse_standstill(folder: Path, job: str) -> None:
-    """Raises Standstill if `job` has started the run in `folder` twice from where it stands now.
+def note_stop(folder: Path) -> None:
+    """Record that the last start was told to stop: it did not fail."""
+    *before, last = _attempts(folder)
+    _write(folder, [*before, {**last, "told": True}])
 
-    Another job, that is another `sbatch`, may try twice again.
+
+def refuse_standstill(folder: Path, job: str) -> None:
+    """Raises Standstill if `job` has started the run in `folder` from where it stands now and failed twice.
+
+    A start that was told to stop has not failed, but ten of them are enough. Another job, that is another `sbatch`, may
+    try twice again.
     """
     step = saved_step(folder)
-    if _attempts(folder).count({"job": job, "step": step}) >= MOST_STARTS:
+    starts, told = (
+        _attempts(folder).count({"job": job, "step": step, **more}) for more in ({}, {"told": True})
+    )
+    if starts >= MOST_STARTS or told >= MOST_STOPS:
         raise Standstill(
-            f"job {job} has started {folder} {MOST_STARTS} times from step {step} and saved nothing since: it stops here. "
+            f"job {job} has started {folder} {starts + told} times from step {step} and saved nothing since: it stops here. "
             "Its log says why; mend that (or give it more time) and submit it again"
         )
 
@@ -50,6 +60,10 @@ def saved_step(folder: Path) -> int:
     """Step of the newest resumable checkpoint of the run in `folder`, 0 without one."""
     saved = saved_checkpoints(folder)
     return step_of(saved[-1]) if saved else 0
+
+
+def _write(folder: Path, lines: list[dict[str, object]]) -> None:
+    write_text(folder / ATTEMPTS, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _attempts(folder: Path) -> list[dict[str, object]]:

@@ -36,13 +36,13 @@ from distill.pretrained import load_model, pick_layers
 from distill.probes.quality import word_buckets
 from distill.run_folder import Scheduled, read_schedule, store_schedule
 from distill.schedule import Schedule, follow_student, make_schedule, together
-from distill.signals import Stopped, stop_signal
+from distill.signals import Cancelled, Stopped, stop_signal
 from distill.speculative import continued
 from distill.stored_teacher import StoredTeacher
 from distill.teacher import Teacher
 from distill.trajectory.audit.verdicts import refuse_bad_steps
 from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
-from distill.trajectory.nodes import Cancelled, load_alike
+from distill.trajectory.nodes import load_alike
 from distill.trajectory.publish import Publisher, object_storage
 from distill.trajectory.store import open_store
 
@@ -66,6 +66,9 @@ class Run:
     trajectory: Scheduled | None  # that teaches
     growing: Growing | StoredTeacher | None  # the same while its run may not have ended
     publisher: Publisher | None  # of the trajectory that this run leaves
+    lacks_teacher: bool = (
+        False  # for the next step, and will not get it: there was a signal, or a fault of storage
+    )
 
     @property
     def vocab_size(self) -> int:
@@ -78,15 +81,15 @@ class Run:
     def await_teacher(self, consumed: int) -> float:
         """Wait for the weights that teach the next sample, of a teacher that may still train. Seconds waited.
 
-        A stop signal makes it return before.
+        A stop signal makes it return before. `lacks_teacher` tells whether they are not there.
         """
         if self.teacher is None or self.schedule is None or consumed >= self.schedule.total_samples:
             return 0.0
         start = time.perf_counter()
         if self.growing:
             self.schedule = self.growing.settle(self.schedule, consumed)
-        if self.schedule.is_settled(self.schedule.stage_index(consumed)):
-            self.teacher.await_next(self.schedule, consumed)
+        settled = self.schedule.is_settled(self.schedule.stage_index(consumed))
+        self.lacks_teacher = not (settled and self.teacher.await_next(self.schedule, consumed))
         return time.perf_counter() - start
 
     def questions(self, micro_batches: list[Batch], state: TrainState) -> list[Batch]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=10)
+LONG = timedelta(hours=12)  # for what one rank sends while the others wait
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 UNSET = f"unset {', '.join(LAUNCHER)} or start all ranks by one launcher"
 
@@ -176,6 +178,18 @@ def any_text(text: str, world: World) -> str:
     texts: list[str] = [""] * world.size
     dist.all_gather_object(texts, text)
     return next(filter(None, texts), "")
+
+
+@contextmanager
+def all_stay(world: World) -> Iterator[None]:
+    """Have every rank wait for the others at the block's end, for hours if need be; a rank that dies ends the wait.
+
+    A launcher would end those that work on soon after the first one left. Collective.
+    """
+    group = dist.new_group(timeout=LONG, backend="gloo") if world.size > 1 else None
+    yield
+    if group is not None:
+        dist.barrier(group)
 
 
 def barrier(world: World) -> None:

@@ -52,10 +52,10 @@ class Ensemble:
             for slot, (member, step) in enumerate(zip(self.members, now, strict=True))
         )
 
-    def await_next(self, schedule: Schedule, consumed: int) -> None:
-        """Wait for the weights that `follow` will need."""
-        for member, step in zip(self.members, self._at(schedule, consumed), strict=True):
-            member.await_weights(step)
+    def await_next(self, schedule: Schedule, consumed: int) -> bool:
+        """Wait for the weights that `follow` will need. Whether they are at hand."""
+        wanted = zip(self.members, self._at(schedule, consumed), strict=True)
+        return all([member.await_weights(step) for member, step in wanted])
 
     @property
     def swap_seconds(self) -> float:

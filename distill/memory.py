@@ -110,6 +110,19 @@ def teacher_memory(
     return BYTES[dtype] * (head + gathered + (0 if offload else -(-trunk // ranks)))
 
 
+def next_teacher_memory(
+    model: PreTrainedModel | None, dtype: str, ranks: int = 1, stage: int = 0, offload: bool = False
+) -> int:
+    """What a rank's teacher takes of the host: the next checkpoint, waiting; offload: the trunk that teaches, too."""
+    if model is None:
+        return 0
+    numbers, trunk = num_parameters(model), num_parameters(model.base_model)
+    if stage == 0:
+        return BYTES[dtype] * numbers
+    part = -(-trunk // ranks)
+    return BYTES[dtype] * (numbers - trunk + part + (part if offload else 0))
+
+
 def activation_memory(
     model: PreTrainedModel, sequences: int, length: int, dtype: str, checkpointing: bool = False
 ) -> int:

@@ -24,6 +24,7 @@ from distill.memory import (
     activation_memory,
     host_memory,
     logits_memory,
+    next_teacher_memory,
     student_memory,
     teacher_memory,
 )
@@ -69,7 +70,8 @@ class Plan:
     teacher_parameters: int
     micro_batch_size: int
     memory: dict[int, RankMemory]  # by ZeRO stage
-    host_bytes: int  # of a rank's offloaded optimizer
+    host_optimizer_bytes: int  # of a rank's offloaded optimizer
+    host_teacher_bytes: int  # of the checkpoint that waits for its turn
     schedule: Schedule | None
     checkpoint_bytes: dict[int, int]  # of the teacher steps that teach
     shard_bytes: int  # 0: still to be made
@@ -82,15 +84,26 @@ class Plan:
     student_flops: float  # of one token, backward included
     teacher_flops: float
     tokens_per_second: float
+    speed_source: str
 
     @property
     def tokens(self) -> int:
         return self.config.total_samples * self.sequence_length
 
     @property
+    def in_place(self) -> bool:
+        """Whether every node reads all of the trajectory where it lies: a folder, and no cache to pass it on to."""
+        return "://" not in self.config.teacher.trajectory and not self.config.teacher.cache
+
+    @property
+    def readers(self) -> int:
+        """Nodes that read a byte of a checkpoint from storage; with a cache one does, and passes it on."""
+        return self.site.nodes if self.in_place else 1
+
+    @property
     def storage_bytes(self) -> int:
-        """Read from storage by all nodes together: each byte once, then passed on from node to node."""
-        return sum(self.checkpoint_bytes.values())
+        """Read from storage by all nodes together."""
+        return self.readers * sum(self.checkpoint_bytes.values())
 
     @property
     def seconds(self) -> float:
@@ -99,12 +112,15 @@ class Plan:
 
     @property
     def fetches(self) -> list[tuple[int, float]]:
-        """(bytes of a checkpoint, seconds that the one before it teaches, in which they are fetched), in order."""
+        """(bytes of a checkpoint that all nodes read, seconds that the one before it teaches meanwhile), in order."""
         if self.schedule is None:
             return []
         a_sample = self.seconds / self.config.total_samples
         return [
-            (self.checkpoint_bytes[after.checkpoint], (after.first_sample - stage.first_sample) * a_sample)
+            (
+                self.readers * self.checkpoint_bytes[after.checkpoint],
+                (after.first_sample - stage.first_sample) * a_sample,
+            )
             for stage, after in itertools.pairwise(self.schedule.stages)
         ]
 
@@ -148,6 +164,7 @@ def make_plan(config: Config, site: Site) -> Plan:
     teacher_flops = flops_per_step(work_of(teacher), 1, share, length, backward=False) if teacher else 0.0
     teacher_flops *= taught.ensemble
     numbers, offload = num_parameters(student), config.engine.offload_optimizer
+    speed, source = _tokens_per_second(config, site, student_flops + teacher_flops)
     leaves = sum(due_after(step, config).leave_checkpoint for step in range(1, config.steps + 1))
     return Plan(
         config=config,
@@ -160,7 +177,9 @@ def make_plan(config: Config, site: Site) -> Plan:
             s: _with(student_memory(student, s, dtype, site.ranks, offload=offload), *passing)
             for s in range(4)
         },
-        host_bytes=host_memory(student, site.ranks) if offload else 0,
+        host_optimizer_bytes=host_memory(student, site.ranks) if offload else 0,
+        host_teacher_bytes=taught.ensemble
+        * next_teacher_memory(teacher, taught.dtype, site.ranks, taught.zero_stage, taught.offload),
         schedule=schedule,
         checkpoint_bytes=checkpoint_bytes,
         shard_bytes=shard_bytes,
@@ -172,7 +191,8 @@ def make_plan(config: Config, site: Site) -> Plan:
         target_bytes=_target_bytes(config, teacher, config.total_samples * length * share, vocab_size),
         student_flops=student_flops,
         teacher_flops=teacher_flops,
-        tokens_per_second=_tokens_per_second(config, site, student_flops + teacher_flops),
+        tokens_per_second=speed,
+        speed_source=source,
     )
 
 
@@ -236,7 +256,8 @@ def _teacher(config: Config, site: Site) -> tuple[PreTrainedModel | None, Schedu
     schedule = make_schedule(config.schedule, steps, losses, config.steps, config.batch_size)
     described = _read(site.teacher_config) if site.teacher_config else _config_of(manifest)
     teacher = _shape(config.data.task, described)
-    teaching, size = {stage.checkpoint for stage in schedule.stages}, config.teacher.ensemble
+    teaching = {stage.checkpoint for stage in schedule.stages} | set(schedule.waiting)
+    size = config.teacher.ensemble
     needed = sorted(teaching if size == 1 else {s for step in teaching for s in together(step, steps, size)})
     return teacher, schedule, {step: _bytes_of(manifest, step, teacher) for step in needed}
 
@@ -273,12 +294,15 @@ def _micro_batch_size(config: Config, site: Site) -> int:
     return micro
 
 
-def _tokens_per_second(config: Config, site: Site, flops: float) -> float:
-    """As given, else as the run in run_dir has measured, else from the operations a rank sustains, else 0."""
+def _tokens_per_second(config: Config, site: Site, flops: float) -> tuple[float, str]:
+    """As given, else from the operations a rank sustains, else as the run in run_dir has measured, else 0; and whence."""
     if site.tokens_per_second:
-        return site.tokens_per_second
+        return site.tokens_per_second, "as given"
+    if site.tflops:
+        return site.ranks * site.tflops * 1e12 / flops, f"{site.tflops:g} TFLOP/s a rank, as given"
     measured = Path(config.run_dir) / METRICS
     rows = read_rows(measured, "train") if measured.exists() else []
     if rows:
-        return statistics.median(row["tokens_per_second"] for row in rows)
-    return site.ranks * site.tflops * 1e12 / flops
+        speed = statistics.median(row["tokens_per_second"] for row in rows)
+        return speed, f"as {config.run_dir} measured on the ranks that it had"
+    return 0.0, ""

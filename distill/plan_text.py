@@ -47,8 +47,12 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"  {'total':<22}" + "".join(f"{plan.memory[s].total / GIB:>10.2f}" for s in stages)
     verdicts = ["fits" if plan.fits(s) else "too much" for s in stages]
     yield f"  {f'of {plan.site.memory_gib:g} GiB':<22}" + "".join(f"{v:>10}" for v in verdicts)
-    if plan.host_bytes:
-        yield f"host memory of a rank: {plan.host_bytes / GIB:,.2f} GiB of optimizer (not in ZeRO 0)"
+    host = {
+        "of optimizer (not in ZeRO 0)": plan.host_optimizer_bytes,
+        "of the next teacher": plan.host_teacher_bytes,
+    }
+    if any(host.values()):
+        yield "host memory of a rank: " + ", ".join(f"{n / GIB:,.2f} GiB {of}" for of, n in host.items() if n)
     yield f"this run: ZeRO {plan.config.engine.zero_stage}; ZeRO 0 is fp32 whatever engine.dtype says"
 
 
@@ -56,10 +60,13 @@ def _teaching(plan: Plan) -> Iterator[str]:
     if plan.schedule is None:
         return
     yield plan.schedule.table()
-    number, total, nodes = len(plan.checkpoint_bytes), plan.storage_bytes, plan.site.nodes
+    number, one, total = len(plan.checkpoint_bytes), sum(plan.checkpoint_bytes.values()), plan.storage_bytes
+    how = "each byte once, then from node to node"
+    if plan.in_place and plan.site.nodes > 1:
+        how = "every node reads all where it lies; teacher.cache=FOLDER on the node's own disk reads each byte once"
     yield (
-        f"storage   {number} checkpoint(s) of {total / number / GB:,.2f} GB: {total / GB:,.1f} GB read in all, "
-        f"{total / nodes / GB:,.1f} GB by each node (each byte once, then from node to node)"
+        f"storage   {number} checkpoint(s) of {one / number / GB:,.2f} GB: {total / GB:,.1f} GB read in all, "
+        f"{total / plan.site.nodes / GB:,.1f} GB by each node ({how})"
     )
 
 
@@ -90,8 +97,13 @@ def _time(plan: Plan) -> Iterator[str]:
     hours = plan.seconds / 3600
     steps = plan.config.steps / plan.seconds
     yield (
-        f"time      {hours:,.1f} h at {plan.tokens_per_second:,.0f} tokens/s ({steps:,.2f} steps/s): "
+        f"time      {hours:,.1f} h at {plan.tokens_per_second:,.0f} tokens/s ({plan.speed_source}; {steps:,.2f} steps/s): "
         f"{hours * plan.site.ranks:,.0f} rank-hours"
+    )
+    saved, apart = plan.saved_bytes / (plan.config.save.keep + 1), plan.config.save.every / steps
+    yield (
+        f"saving    {saved / GB:,.1f} GB every {apart:,.0f} s, while the steps wait: a twentieth of the time "
+        f"at {saved / 1e6 / (0.05 * apart):,.0f} MB/s"
     )
     if plan.fetches:
         yield from _stall(plan)

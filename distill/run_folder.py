@@ -7,8 +7,7 @@ import fcntl
 import json
 import os
 import socket
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -194,12 +193,6 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Mark the run as finished."""
     write_text(folder / RESULT, json.dumps(result, indent=1))
-
-
-def await_result(folder: Path, stopped: Callable[[], int]) -> None:
-    """Wait until the main rank has marked the run as finished, or `stopped` says that a signal came."""
-    while not (folder / RESULT).exists() and not stopped():
-        time.sleep(0.1)
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:

@@ -23,7 +23,7 @@ from distill.data import Samples, batches_at
 from distill.models import head_of, quiet_transformers
 from distill.schedule import Schedule
 from distill.score_shards import Shards
-from distill.signals import Stopped, stop_signal
+from distill.signals import Cancelled, Stopped, stop_signal
 from distill.targets.codecs import Codec, check_codec, make_codec
 from distill.targets.header import Entry, Header, Range, Scorer
 from distill.targets.heads import head_name, save_head
@@ -31,7 +31,7 @@ from distill.targets.writer import Journal, finished
 from distill.teacher import Teacher
 from distill.trajectory.audit.verdicts import refuse_bad_steps
 from distill.trajectory.manifest import Manifest
-from distill.trajectory.nodes import Cancelled, Channel, load_alike
+from distill.trajectory.nodes import Channel, load_alike
 
 log = logging.getLogger(__name__)
 SAMPLES_A_SHARD, SAMPLES_OF_HIDDEN = 1024, 64  # some 10 to 500 MB at 512 to 2048 tokens

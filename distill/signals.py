@@ -11,6 +11,10 @@ from types import FrameType
 _received: list[int] = []
 
 
+class Cancelled(Exception):
+    """The run leaves, and with it what was being fetched."""
+
+
 class Stopped(Exception):
     """A signal asked the run to leave; it was saved first."""
 

@@ -89,8 +89,9 @@ class StoredTeacher:
         self._step = step
         return time.perf_counter() - start
 
-    def await_next(self, schedule: Schedule, consumed: int) -> None:
+    def await_next(self, schedule: Schedule, consumed: int) -> bool:
         """No weights are to come; `settle` waits for targets."""
+        return True
 
     def width(self, step: int) -> int:
         """Of the hidden states of the checkpoint of teacher step `step`; 0 where none are stored."""

@@ -12,14 +12,17 @@ from transformers import PreTrainedModel
 from data_prep.shards import TokenizerInfo
 from distill.config import Config
 from distill.data import Batch
-from distill.distributed import World
+from distill.distributed import World, gather_from_ranks
 from distill.engine import own_part, partitioned
 from distill.models import DTYPES, Inputs, Rows, Work, check_split, counted_rows, show_attentions, work_of
 from distill.objectives.terms import needs_of
 from distill.pretrained import empty_model, hidden_width
 from distill.schedule import Schedule
+from distill.signals import stop_signal
 from distill.trajectory.manifest import BadTrajectory, Manifest
 from distill.trajectory.stream import CheckpointStream, make_fetcher
+
+LOOK_SECONDS = 1.0  # between looks for a stop signal while weights are awaited
 
 
 class Teacher:
@@ -31,7 +34,7 @@ class Teacher:
         """Collective, as are `use` and, under ZeRO 3, `rows`."""
         check_vocabulary(manifest, tokenizer)
         self.manifest, self.config, self.sequence_length = manifest, config, sequence_length
-        self.device = world.device
+        self.world, self.device = world, world.device
         self.model: PreTrainedModel | None = None
         self.step: int | None = None
         self._needs = needs_of(config.objective.weights)
@@ -101,18 +104,24 @@ class Teacher:
             return partitioned(build, dtype, self.config.teacher.offload)
         return build().requires_grad_(False).eval().to(device=self.device)
 
-    def await_next(self, schedule: Schedule, consumed: int) -> None:
-        """Wait for the weights that `follow` will need."""
-        self.await_weights(schedule.checkpoint_at(consumed))
+    def await_next(self, schedule: Schedule, consumed: int) -> bool:
+        """Wait for the weights that `follow` will need. Whether they are at hand; not after a stop signal or a fault."""
+        return self.await_weights(schedule.checkpoint_at(consumed))
 
     def follow(self, schedule: Schedule, consumed: int) -> float:
         """Be the teacher of the sample after `consumed` samples, and have the next one fetched. Seconds waited."""
         return self.use(schedule.checkpoint_at(consumed), schedule.upcoming(consumed))
 
-    def await_weights(self, step: int) -> None:
-        """Wait until `use` would not have to. A stop signal gives up what is being fetched, and ends this."""
-        if self._stream and step != self.step:
-            self._stream.wait_for(step)
+    def await_weights(self, step: int) -> bool:
+        """Wait until `use` would not have to, or until a rank has had a stop signal. Whether they are at hand."""
+        if self._stream is None or step == self.step:
+            return True
+        ready, stop = False, False
+        while not (ready or stop):
+            own = [self._stream.is_ready(step, LOOK_SECONDS), bool(stop_signal())]
+            told = gather_from_ranks([float(value) for value in own], self.world)
+            ready, stop = all(has for has, _ in told), any(signal for _, signal in told)
+        return ready and not self._stream.has_failed
 
     @torch.no_grad()
     def rows(self, inputs: Inputs, rows_N: torch.Tensor) -> Rows:

@@ -19,7 +19,7 @@ from distill.distributed import agree_on_stop, sum_over_ranks
 from distill.evaluate import validate
 from distill.metrics import Log
 from distill.objectives import Objective
-from distill.run_folder import await_result, claim, read_result, store_settings, write_result
+from distill.run_folder import claim, read_result, store_settings, write_result
 from distill.sample_order import key_of
 from distill.schedule import due_after, learning_rate
 from distill.signals import Stopped, stop_signal
@@ -71,10 +71,10 @@ def train(config: Config) -> dict[str, Any]:
                 checkpoint.save_to_trajectory(
                     run.publisher, run.engine, run.tokenizer, state, found["hard"], world
                 )
-            with window.clock:  # before the step is saved: a stop signal may end the wait
+            with window.clock:  # before the step is saved: a signal or a fault may end the wait
                 window.stall_seconds += run.await_teacher(state.consumed)
             stop = agree_on_stop(stop_signal(), world)
-            if due.save or stop:
+            if due.save or stop or run.lacks_teacher:
                 refuse_diverged(float(grad_norm), "gradient norm", state, config)
                 window.store(state)
                 rows.flush()
@@ -122,11 +122,9 @@ def finish(run: Run, state: TrainState, found: dict[str, float]) -> dict[str, An
     weights = run.engine.weights()
     if run.world.is_main and not (run.folder / "model").exists():
         checkpoint.export(run.engine.model, weights, run.tokenizer, run.folder / "model")
-    distributed.barrier(run.world)
-    if run.world.is_main:
-        if run.publisher:
-            run.publisher.complete()
-        write_result(run.folder, result)
-    else:  # a launcher would end the main rank, which may have gigabytes to send, soon after the first one left
-        await_result(run.folder, stop_signal)
+    with distributed.all_stay(run.world):  # the main rank may have gigabytes to send
+        if run.world.is_main:
+            if run.publisher:
+                run.publisher.complete()
+            write_result(run.folder, result)
     return result

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,25 @@ def test_storage_is_each_byte_of_the_checkpoints_that_teach_once(plan: Plan, tea
     assert plan.storage_bytes == expected
 
 
+def test_folder_without_a_cache_is_read_by_every_node_and_with_one_by_all_together(plan: Plan) -> None:
+    four = Site(ranks=4, ranks_per_node=1)
+    spread = dataclasses.replace(plan, site=four)
+    assert spread.storage_bytes == 4 * plan.storage_bytes
+    assert "every node reads all where it lies; teacher.cache=FOLDER" in plan_text(spread)
+    taught = dataclasses.replace(plan.config.teacher, cache="/scratch")
+    cached = dataclasses.replace(spread, config=dataclasses.replace(plan.config, teacher=taught))
+    assert cached.storage_bytes == plan.storage_bytes
+    assert "each byte once, then from node to node" in plan_text(cached)
+
+
+def test_every_teacher_that_a_following_schedule_may_name_is_counted(
+    shards: Path, teacher_run: Path, tmp_path: Path
+) -> None:
+    follows = {"schedule__kind": "saturation", "schedule__checkpoints": [2, 8, 24]}
+    taught = {**follows, "teacher__trajectory": str(teacher_run / "trajectory")}
+    assert set(make_plan(config(shards, tmp_path / "run", **taught), ONE).checkpoint_bytes) == {2, 8, 24}
+
+
 def test_shards_that_are_there_are_counted_and_tell_vocabulary_and_length(plan: Plan, shards: Path) -> None:
     assert plan.shard_bytes == sum(p.stat().st_size for p in shards.glob("*.tar"))
     assert plan.sequence_length == LENGTH
@@ -67,11 +88,12 @@ def test_options_that_save_memory_are_planned_for(shards: Path, teacher_run: Pat
         make_plan(config(shards, tmp_path / "run", **taught, **more), ONE) for more in ({}, saving)
     )
     assert less.memory[1].optimizer == 0 < plain.memory[1].optimizer
-    assert less.host_bytes == 16 * less.student_parameters
+    assert less.host_optimizer_bytes == 16 * less.student_parameters
     assert less.memory[1].activations < plain.memory[1].activations
     said = plan_text(less)
     assert "host memory of a rank" in said and "dealt over the ranks, in host memory" in said
-    assert "host memory" not in plan_text(plain)
+    assert plain.host_teacher_bytes == 4 * plain.teacher_parameters  # the next one waits, whole
+    assert "of optimizer" not in plan_text(plain)
 
 
 def test_memory_decides_what_fits(plan: Plan) -> None:
@@ -92,7 +114,11 @@ def test_time_comes_from_the_speed_given_else_measured_else_the_operations_susta
     rows = [{"kind": "train", "step": i, "tokens_per_second": float(i)} for i in (1, 2, 9)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert make_plan(own, ONE).seconds == 12 * 8 * LENGTH / 2
-    assert make_plan(own, dataclasses.replace(ONE, tokens_per_second=96.0)).seconds == 32
+    assert "measured on the ranks that it had" in plan_text(make_plan(own, ONE))
+    assert make_plan(own, dataclasses.replace(ONE, tflops=1e-6)) == by_operations
+    given = make_plan(own, dataclasses.replace(ONE, tokens_per_second=96.0))
+    assert given.seconds == 32
+    assert "saving    0.0 GB every 13 s" in plan_text(given)  # 5 steps of 8/3 s
 
 
 def test_stall_is_the_part_of_a_fetch_that_the_teacher_before_does_not_cover(plan: Plan) -> None:
@@ -148,6 +174,7 @@ def test_command_plans_a_published_pair_from_its_configs_alone(
     pair = [str(CONFIGS / "gpt_neox_student.yaml"), f"run_dir={tmp_path}/run", "data.shards=/no"]
     taught = ["teacher.trajectory=/no", "schedule.kind=equal", "schedule.checkpoints=[1000,143000]"]
     site = ["--ranks=64", "--vocab-size=50304", "--sequence-length=2048", "--tokens-per-second=1e6"]
+    site += ["teacher.cache=/scratch"]  # a setting behind an option
     teacher = ["--teacher-config", str(CONFIGS.parent.parent / "slurm" / "pythia_1.4b.json")]
     monkeypatch.setattr("sys.argv", ["distill", "plan", *pair, *taught, *site, *teacher])
     assert main() == 0
@@ -161,6 +188,36 @@ def test_command_plans_a_published_pair_from_its_configs_alone(
         "time      11.7 h at 1,000,000 tokens/s",
     ):
         assert line in said
+
+
+README = CONFIGS.parent.parent / "slurm" / "README.md"
+PLANS = re.findall(r"```bash\n(distill plan .*?)\n```", README.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("ranks", [8, 64, 512])
+@pytest.mark.parametrize("command", PLANS, ids=["pythia", "bert"])
+def test_figures_of_the_cluster_readme_are_the_planners(
+    command: str, ranks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(README.parent.parent)
+    smaller = {512: ["micro_batch_size=2" if "pythia" in command else "micro_batch_size=8"]}.get(ranks, [])
+    monkeypatch.setattr("sys.argv", [*shlex.split(command.replace("\\\n", "")), "--ranks", str(ranks), *smaller])
+    assert main() == 0
+    said = capsys.readouterr().out
+    table = README.read_text().split(command)[1].split("On disk")[0]
+    column = [8, 64, 512].index(ranks) + 1
+    rows = {
+        line.split("|")[1].strip(): line.split("|")[1 + column].strip()
+        for line in table.splitlines()
+        if "|" in line
+    }
+    (hours,) = (value for name, value in rows.items() if name.endswith("steps take"))
+    (storage,) = (value for name, value in rows.items() if name.startswith("read from storage"))
+    assert f"time      {hours} at" in said
+    assert f"{storage} by each node (each byte once" in said
+    (memory,) = (value for name, value in rows.items() if name.startswith("memory of a rank"))
+    totals = re.search(r"total +([\d. ]+)", said)
+    assert totals and float(totals[1].split()[1]) == pytest.approx(float(memory), abs=0.051)
 
 
 def test_text_says_what_does_not_fit(plan: Plan) -> None:

@@ -19,6 +19,7 @@ from tiny import (
     assert_same_run,
     distill,
     distill_on_ranks,
+    free_port,
     rows,
     settings,
     weights,
@@ -41,6 +42,10 @@ STUDENT_KILLS = {
     "between checkpoints": Kill("distill.engine:Engine.step", 8),
     "after a validation and a save": Kill("distill.engine:Engine.step", 12),
     "in accumulation": Kill("distill.engine:Engine.backward", 16),
+    "reading a sample": Kill("distill.data:Samples.__getitem__", 19),
+    "in a forward": Kill("distill.engine:Student.forward", 15),
+    "before a teacher swap": Kill("distill.trajectory.weights:Staged.swap_in", 2),
+    "after a teacher swap": Kill("distill.trajectory.weights:Staged.swap_in", 3, before=False),
     "after a row of metrics": Kill("distill.metrics:Log.row", 4, before=False),
     "half of a checkpoint's files": Kill("torch:save", 3, before=False),
     "before a checkpoint's mark": Kill("distill.checkpoint:write_text", 2),
@@ -265,6 +270,33 @@ def test_two_ranks_killed_go_on_to_the_same_bits(shards: Path, teacher_run: Path
             ended.ok()
     assert rows(tmp_path / "run") == rows(tmp_path / "calm")
     assert weights(tmp_path / "run") == weights(tmp_path / "calm")
+
+
+DEATHS = {
+    "in a step": Kill("distill.engine:Engine.step", 3),
+    "while it sends what the run leaves": Kill("distill.train:write_result", 1),
+}
+
+
+@pytest.mark.parametrize("when", DEATHS)
+def test_peer_of_a_rank_that_dies_ends_within_a_minute_and_says_why(
+    when: str, shards: Path, tmp_path: Path
+) -> None:
+    arguments = ["train", *settings(shards, tmp_path / "run", steps=4)]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    dying, other = [
+        Started(
+            arguments,
+            tmp_path / f"rank{rank}.txt",
+            meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            kill,
+        )
+        for rank, kill in enumerate([DEATHS[when], None])
+    ]
+    assert dying.wait().code == -signal.SIGKILL
+    ended = other.wait(60)
+    assert ended.code not in (0, -signal.SIGKILL), ended.output
+    assert "closed by peer" in ended.output
 
 
 def test_signal_to_one_rank_stops_all_after_the_same_step(shards: Path, tmp_path: Path) -> None:

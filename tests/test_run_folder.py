@@ -29,7 +29,6 @@ from data_prep.shards import write_shards
 from distill.run_folder import (
     MAY_CHANGE,
     RunFolderError,
-    await_result,
     claim,
     read_result,
     store_settings,
@@ -241,20 +240,3 @@ def test_run_dir_that_is_a_file_is_named(tmp_path: Path, shards: Path) -> None:
     ended = distill(["train", *settings(shards, tmp_path / "file")], tmp_path)
     assert ended.code == 2
     assert f"run_dir {tmp_path / 'file'} can't be written" in ended.output
-
-
-def test_a_rank_stays_until_the_main_one_has_marked_the_run_as_finished_or_a_signal_came(
-    tmp_path: Path,
-) -> None:
-    looks = iter([0, 0, 0])
-
-    def nobody_stopped_it() -> int:
-        if next(looks, None) is None:
-            write_result(tmp_path, {"step": 1})
-        return 0
-
-    await_result(tmp_path, nobody_stopped_it)
-    assert read_result(tmp_path) == {"step": 1}
-    (tmp_path / "result.json").unlink()
-    await_result(tmp_path, lambda: 15)
-    assert read_result(tmp_path) is None

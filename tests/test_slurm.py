@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -128,6 +129,15 @@ def test_two_nodes_distil_and_the_log_says_command_versions_and_nodes(calm: Path
         "commit ",
     ):
         assert said in log
+
+
+@pytest.mark.slow
+def test_submitted_with_one_task_a_node_every_node_has_several_ranks(
+    slurm: Cluster, submit: Submit, tmp_path: Path
+) -> None:
+    slurm.wait(submit("--export=ALL,RANKS_PER_NODE=2", steps=4, schedule__stages=[[0, 2]]), "COMPLETED")
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step_*/state.json")
+    assert json.loads(saved.read_text())["world_size"] == 4
 
 
 def test_preempted_by_usr1_it_saves_goes_back_into_the_queue_and_ends_with_the_same_bits(

@@ -190,7 +190,8 @@ class InMemory:
         self.model = self.models[schedule.checkpoint_at(consumed)]
         return 0.0
 
-    def await_next(self, schedule: Any, consumed: int) -> None: ...
+    def await_next(self, schedule: Any, consumed: int) -> bool:
+        return True
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> Rows:
@@ -281,7 +282,7 @@ FETCHES = {  # where the signal comes: the step after which the run leaves
     "the first teacher": (Kill("distill.trajectory.fetch:Transfer._read", 1, number=signal.SIGTERM), 0),
     "the next, beside a step": (Kill("distill.engine:Engine.backward", 1, number=signal.SIGTERM), 1),
     "the next, waited for": (
-        Kill("distill.trajectory.stream:CheckpointStream.wait_for", 1, number=signal.SIGTERM),
+        Kill("distill.trajectory.stream:CheckpointStream.is_ready", 1, number=signal.SIGTERM),
         3,
     ),
 }

@@ -15,12 +15,12 @@ from typing import TypeVar
 
 import torch
 
-from distill.signals import stop_signal
+from distill.signals import Cancelled, stop_signal
 from distill.trajectory.cache import Cache, Held
 from distill.trajectory.disk import Disk
 from distill.trajectory.landing import Landing
 from distill.trajectory.manifest import BadTrajectory, Checkpoint, Manifest, refuse_without_hashes, verify
-from distill.trajectory.nodes import Cancelled, Channel, Nodes
+from distill.trajectory.nodes import Channel, Nodes
 from distill.trajectory.store import Store
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Fetcher:
         refuse_without_hashes(self.manifest, [step])
         store, key = self.manifest.files_of(step), self._key(step)
         if self.in_place and isinstance(store, Disk):
-            self._on_leaders(lambda: self._verify(step, store.folder, key))
+            self._on_leaders(lambda: self._verify_in_place(step, store.folder, key))
             yield store.folder
             return
         held = self._on_leaders(lambda: self._held(step, store, key, [self._key(s) for s in upcoming]))
@@ -85,6 +85,11 @@ class Fetcher:
             verify(self.manifest, self.manifest.checkpoints[step], folder)
             self._verified.add(key)
 
+    def _verify_in_place(self, step: int, folder: Path, key: str) -> None:
+        if key not in self._verified:
+            self.bytes_read += self.manifest.checkpoints[step].num_bytes
+        self._verify(step, folder, key)
+
     def _held(self, step: int, store: Store, key: str, upcoming: Sequence[str]) -> Held:
         """The cache entry, fetched if any node lacks it. All leaders."""
         leaders, cache, checkpoint = self.nodes.leaders, self.cache, self.manifest.checkpoints[step]
@@ -92,20 +97,21 @@ class Fetcher:
         sources = [i for i, has in enumerate(leaders.gather(held is not None)) if has]
         if held and len(sources) == len(leaders.ranks):
             return held
-        start, before = time.perf_counter(), store.bytes_read
+        start = time.perf_counter()
         folder = leaders.together(lambda: held or cache.begin(key, checkpoint.num_bytes, upcoming))
+        transfer = Transfer(store, checkpoint, leaders, sources, self.stopping)
         try:
-            Transfer(store, checkpoint, leaders, sources, self.stopping).run(folder.folder)
+            transfer.run(folder.folder)
         except BaseException:
             folder.release() if held else folder.discard()
             raise
-        self.bytes_read += store.bytes_read - before
+        self.bytes_read += transfer.bytes_read
         log.info(
             "teacher step %d: %.3f MB fetched in %.1f s, %.3f MB of it by this node from storage",
             step,
             checkpoint.num_bytes / 1e6,
             time.perf_counter() - start,
-            (store.bytes_read - before) / 1e6,
+            transfer.bytes_read / 1e6,
         )
         return held or self._published(folder, step, key)
 
@@ -156,6 +162,7 @@ class Transfer:
         self.from_storage = not sources
         self.sources = list(sources) or list(range(len(leaders.ranks)))
         self.has_files = leaders.index in sources
+        self.bytes_read = 0  # from storage by this node
 
     def run(self, folder: Path) -> None:
         """Fill `folder`, or on a source pass on what lies there. All leaders.
@@ -231,6 +238,7 @@ class Transfer:
         if self.from_storage:
             first, last = cuts[self.leaders.index], cuts[self.leaders.index + 1]
             self.store.read_into(name, landing.part(first, last), first, etag=etag)
+            self.bytes_read += last - first
 
     def _name(self, name: str) -> str:
         return f"teacher step {self.checkpoint.step}: {self.store.url}/{name}"

@@ -10,15 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.distributed import World
+from distill.signals import Cancelled
 from distill.trajectory.manifest import Manifest, load_manifest
 
 TIMEOUT = timedelta(hours=12)  # of one fetch, for which the other ranks wait
 BROADCAST_BYTES = 64 << 20  # at once, for the buffers that a broadcast may need
 T = TypeVar("T")
-
-
-class Cancelled(Exception):
-    """The run leaves: what was fetched ahead isn't needed any more."""
 
 
 class ElsewhereError(ValueError):

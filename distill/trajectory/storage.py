@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,13 @@ class StoreError(OSError):
     def __init__(self, where: str, sentence: str, kind: str) -> None:
         super().__init__(f"{where} {sentence}")
         self.where, self.sentence, self.kind = where, sentence, kind
+
+
+def may_pass(fault: Exception) -> bool:
+    """Whether the same may go well later: storage did not answer, or a shared file system failed."""
+    if isinstance(fault, StoreError):
+        return fault.kind == "unreachable"
+    return isinstance(fault, OSError) and fault.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
 
 @dataclass

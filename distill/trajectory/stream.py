@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -44,7 +45,6 @@ class CheckpointStream:
             0.0  # that the steps waited for copies into the model, of teachers that were at hand
         )
         self._config = _what_it_computes(first)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-teacher")
         self._pending: tuple[int, Future[None]] | None = None  # what the copy holds, or will
 
     def prefetch(self, step: int, upcoming: Sequence[int] = ()) -> None:
@@ -53,13 +53,22 @@ class CheckpointStream:
         upcoming: the steps needed afterwards, in order.
         """
         if self._pending is None or self._pending[0] != step:
-            self._pending = (step, self._thread.submit(self._stage, step, upcoming))
+            before, staged = self._pending, Future[None]()
+            self._pending = (step, staged)
+            # A daemon: a rank that has to leave must not wait for what another one fetches.
+            work = (step, upcoming, before and before[1], staged)
+            threading.Thread(target=self._stage, args=work, name="next-teacher", daemon=True).start()
 
-    def wait_for(self, step: int) -> None:
-        """Until these weights are there, or can't be had, as `swap_in` will tell."""
+    def is_ready(self, step: int, seconds: float) -> bool:
+        """Whether `swap_in` would not have to wait any more, or would fail; waits for that, at most so long."""
         self.prefetch(step)
         assert self._pending is not None
-        wait([self._pending[1]])
+        return bool(wait([self._pending[1]], seconds).done)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether what was fetched last can't be had; `swap_in` will tell why. On all ranks alike, once it is ready."""
+        return self._pending is not None and self._pending[1].exception() is not None
 
     def swap_in(self, step: int) -> None:
         """Give the model these weights, in place, once they are there.
@@ -79,11 +88,19 @@ class CheckpointStream:
     def close(self) -> None:
         """Leave, giving up what is under way."""
         self.fetcher.stopping.set()
-        self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _stage(self, step: int, upcoming: Sequence[int]) -> None:
-        with self.fetcher.at_hand(step, upcoming) as folder:
-            self.fetcher.nodes.all.together(lambda: self._read(step, folder))
+    def _stage(
+        self, step: int, upcoming: Sequence[int], before: Future[None] | None, staged: Future[None]
+    ) -> None:
+        try:
+            if before:
+                wait([before])
+            with self.fetcher.at_hand(step, upcoming) as folder:
+                self.fetcher.nodes.all.together(lambda: self._read(step, folder))
+        except BaseException as fault:  # for `swap_in` to raise
+            staged.set_exception(fault)
+        else:
+            staged.set_result(None)
 
     def _read(self, step: int, folder: Path) -> None:
         try:

@@ -2,11 +2,12 @@
 
     python tests/bench/training.py [--json] [--steps 40] [--repeats 3]
 
-A BERT of 3.3 M parameters learns from a teacher of the same size, 64 sequences of 32 tokens a step, in fp32.
-`loop`: a step of the loop (data, teacher, DeepSpeed, accounting, rows, agreement) next to the same forwards, backward, clipping
+A BERT of 3.3 M parameters learns from a teacher of the same size, 64 sequences of 32 tokens a step, in fp32; where there is a
+GPU, `loop` and `save` are of a BERT-base, 2048 sequences a step, in bf16, and the rest is left out.
+`loop`: a step of the loop (data, teacher, DeepSpeed, accounting, a row of metrics) next to the same forwards, backward, clipping
 and AdamW in plain torch on a batch in memory, alternating in one run; medians. `ranks`: tokens a second of two ranks, each on a
-core of its own, over one rank on one core; `pair`: the same of two runs that have nothing to do with each other, which is what
-the machine leaves to have; whole runs, interleaved, best of the repeats. `save`: seconds that a resumable checkpoint blocks the
+core of its own, over one rank on one core; `pair`: the sum of two runs at once that share nothing but the machine; whole runs,
+interleaved, best of the repeats. `save`: seconds that a resumable checkpoint blocks the
 loop, as a share of the 500 steps of the default interval; median. `start`: from the command to the end of the first step, of
 a fresh run and of one that goes on (`same`: as it was saved; `other`: dealt anew to another ZeRO stage); interleaved, best.
 A row is appended to training.csv. Other work on the machine spoils all but `loop`.
@@ -49,6 +50,15 @@ CSV = Path(__file__).with_suffix(".csv")
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
 SHAPE |= {"max_position_embeddings": tiny.LENGTH}
 BATCH = 64
+ON_GPU = torch.cuda.is_available()
+if ON_GPU:
+    SHAPE |= {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    }
+    BATCH = 2048
 
 
 def make_teacher(folder: Path) -> Path:
@@ -71,6 +81,7 @@ def clock() -> float:
 def keys_of(teacher: Path, **changes: Any) -> dict[str, Any]:
     return {
         "batch_size": BATCH,
+        **({"engine__dtype": "bf16", "teacher__dtype": "bf16"} if ON_GPU else {}),
         "model__overrides": SHAPE,
         "teacher__trajectory": str(teacher),
         "log__eval_every": 10**6,
@@ -106,7 +117,8 @@ class Plain:
         self.optimizer.step()
         with torch.no_grad():
             for master, weight in zip(self.masters, self.weights, strict=True):
-                weight.copy_(master)
+                if master.dtype != weight.dtype:  # else they are one
+                    weight.copy_(master)
 
 
 class Alternating:
@@ -144,7 +156,7 @@ def measure_loop(shards: Path, teacher: Path, folder: Path, steps: int) -> dict[
     plain = loop.train_step
     loop.train_step, loop.checkpoint.save = alternating, timed_save  # type: ignore[assignment]
     try:
-        keys = keys_of(teacher, steps=steps, save__every=steps // 5)
+        keys = keys_of(teacher, steps=steps, save__every=steps // 5, log__every=1)
         loop.train(tiny.config(shards, folder / "loop", **keys))
     finally:
         loop.train_step, loop.checkpoint.save = plain, save  # type: ignore[assignment]
@@ -200,8 +212,8 @@ def tokens_per_second(shards: Path, teacher: Path, run_dir: Path, ranks: int, st
 
 
 def tokens_per_second_of_a_pair(shards: Path, teacher: Path, folder: Path, steps: int) -> float:
-    """Of two runs at once that share nothing but the machine, each with its half of the batch."""
-    keys = keys_of(teacher, steps=steps, batch_size=BATCH // 2)
+    """Of two runs at once that share nothing but the machine."""
+    keys = keys_of(teacher, steps=steps)
     runs = [folder.with_name(f"{folder.name}-{core}") for core in range(2)]
     with ExitStack() as stack:
         for core, run_dir in enumerate(runs):
@@ -229,11 +241,15 @@ def measure_ranks(shards: Path, teacher: Path, folder: Path, steps: int, repeats
 
 
 def seconds_to_first_step(arguments: list[str], run_dir: Path) -> float:
-    metrics = run_dir / "metrics.jsonl"
-    before = len(tiny.read_rows(metrics, "train")) if metrics.exists() else 0
+    """Until the first row of metrics is there that was not before; a resumed run drops those after its checkpoint."""
+    metrics, saved = run_dir / "metrics.jsonl", sorted(run_dir.glob("checkpoints/step_????????"))
+    wanted = int(saved[-1].name[5:]) + 1 if saved else 1
+    if saved:
+        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] < wanted]
+        metrics.write_text("".join(f"{line}\n" for line in lines))
     start = time.perf_counter()
     with started(arguments) as (process,):
-        while not metrics.exists() or len(tiny.read_rows(metrics, "train")) <= before:
+        while not metrics.exists() or all(row["step"] < wanted for row in tiny.read_rows(metrics, "train")):
             assert process.poll() is None, "it ended before its first step"
             time.sleep(0.005)
         return time.perf_counter() - start
@@ -246,7 +262,7 @@ def measure_start(shards: Path, teacher: Path, folder: Path, repeats: int) -> di
 
     saved = folder / "saved"
     with started(command(saved)):
-        while not list((saved / "checkpoints").glob("step_*/state.json")):
+        while not list((saved / "checkpoints").glob("step_????????/state.json")):
             time.sleep(0.05)
     found: dict[str, list[float]] = {"fresh": [], "same": [], "other": []}
     for repeat in range(repeats):
@@ -262,8 +278,9 @@ def measure_start(shards: Path, teacher: Path, folder: Path, repeats: int) -> di
 
 def measure(folder: Path, steps: int, repeats: int) -> Iterator[tuple[str, float]]:
     shards, teacher = tiny.write_text_shards(folder / "shards"), make_teacher(folder / "teacher")
-    yield from measure_ranks(shards, teacher, folder, steps, repeats).items()
-    yield from measure_start(shards, teacher, folder, repeats).items()
+    if not ON_GPU:
+        yield from measure_ranks(shards, teacher, folder, steps, repeats).items()
+        yield from measure_start(shards, teacher, folder, repeats).items()
     yield from measure_loop(shards, teacher, folder, steps).items()
 
 
@@ -277,7 +294,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=CSV, help="where a row is appended")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs that are under way
-    row = provenance("cpu")  # the load is that before the bench makes its own
+    row = provenance("cuda" if ON_GPU else "cpu")  # the load is that before the bench makes its own
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as name:
         found = {key: round(v, 4) for key, v in measure(Path(name), arguments.steps, arguments.repeats)}
