@@ -201,7 +201,9 @@ def test_figures_of_the_cluster_readme_are_the_planners(
 ) -> None:
     monkeypatch.chdir(README.parent.parent)
     smaller = {512: ["micro_batch_size=2" if "pythia" in command else "micro_batch_size=8"]}.get(ranks, [])
-    monkeypatch.setattr("sys.argv", [*shlex.split(command.replace("\\\n", "")), "--ranks", str(ranks), *smaller])
+    monkeypatch.setattr(
+        "sys.argv", [*shlex.split(command.replace("\\\n", "")), "--ranks", str(ranks), *smaller]
+    )
     assert main() == 0
     said = capsys.readouterr().out
     table = README.read_text().split(command)[1].split("On disk")[0]

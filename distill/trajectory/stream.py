@@ -23,6 +23,7 @@ from distill.trajectory.weights import OwnPart, Staged
 
 # Keys of config.json that say how a model was saved, not what it computes.
 SAVED_BY = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")
+LEAVE_SECONDS = 5.0  # for a fetch that is given up
 
 
 def make_fetcher(manifest: Manifest, config: TeacherConfig, world: World) -> Fetcher:
@@ -46,6 +47,7 @@ class CheckpointStream:
         )
         self._config = _what_it_computes(first)
         self._pending: tuple[int, Future[None]] | None = None  # what the copy holds, or will
+        self._thread: threading.Thread | None = None
 
     def prefetch(self, step: int, upcoming: Sequence[int] = ()) -> None:
         """Start to read the checkpoint of teacher step `step`, unless that is under way.
@@ -57,7 +59,8 @@ class CheckpointStream:
             self._pending = (step, staged)
             # A daemon: a rank that has to leave must not wait for what another one fetches.
             work = (step, upcoming, before and before[1], staged)
-            threading.Thread(target=self._stage, args=work, name="next-teacher", daemon=True).start()
+            self._thread = threading.Thread(target=self._stage, args=work, name="next-teacher", daemon=True)
+            self._thread.start()
 
     def is_ready(self, step: int, seconds: float) -> bool:
         """Whether `swap_in` would not have to wait any more, or would fail; waits for that, at most so long."""
@@ -86,8 +89,10 @@ class CheckpointStream:
         self.swap_seconds += time.perf_counter() - start
 
     def close(self) -> None:
-        """Leave, giving up what is under way."""
+        """Leave, giving up what is under way; its half of a cache entry is removed now, or by the next that fetches."""
         self.fetcher.stopping.set()
+        if self._thread:
+            self._thread.join(LEAVE_SECONDS)
 
     def _stage(
         self, step: int, upcoming: Sequence[int], before: Future[None] | None, staged: Future[None]
