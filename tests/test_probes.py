@@ -345,6 +345,7 @@ def test_what_is_probed_is_kept_and_other_questions_are_refused(
     (out / "probe.json").write_text(json.dumps(content))
     again = probe(trajectory, out, "--steps", "8", "16").ok()
     assert "| 8 | 123.0000 |" in again.output and "| 16 |" in again.output
+    assert probe(trajectory, out, "--steps", "8", "16").ok().output == again.output  # nothing is left to do
     content["checkpoints"][0]["weights"] = ["of another run"]
     (out / "probe.json").write_text(json.dumps(content))
     assert "123.0000" not in probe(trajectory, out, "--steps", "8").ok().output
