@@ -119,9 +119,9 @@ def finish(run: Run, state: TrainState, found: dict[str, float]) -> dict[str, An
     if not found:  # killed between the last checkpoint and the mark
         found = validate(run.engine.student, run.validation, run.config, run.micro, run.world)
     result = {"step": state.step, "samples": state.consumed, "tokens": state.tokens, **found}
-    weights = run.engine.weights()
+    model, weights = run.engine.trained()
     if run.world.is_main and not (run.folder / "model").exists():
-        checkpoint.export(run.engine.model, weights, run.tokenizer, run.folder / "model")
+        checkpoint.export(model, weights, run.tokenizer, run.folder / "model")
     distributed.barrier(run.world)
     if run.world.is_main:
         if run.publisher:
