@@ -220,6 +220,20 @@ def test_key_or_value_that_is_not_understood_is_named(assignment: str, said: str
         (["objective.speculate_from=1.5"], "objective.speculate_from must lie in 0 to 1, got 1.5"),
         (["objective.speculate_top_k=0"], "objective.speculate_top_k must be above 0, got 0"),
         (["model.init_layers=[0, 2]"], "are layers of model.init_from, which is not set"),
+        (["model.prune_to={ffn: 0}"], "model.prune_to.ffn must be above 0 and at most 1, got 0.0"),
+        (["model.prune_to.ffn=1.5"], "model.prune_to.ffn must be above 0 and at most 1, got 1.5"),
+        (["model.prune_to={fnn: 0.5}"], "model.prune_to.fnn is unknown; did you mean ffn?"),
+        (["model.prune_until=0.5"], "model.prune_until=0.5 is read with model.prune_to only"),
+        (
+            ["model.prune_to={ffn: 0.5}", "model.prune_until=2"],
+            "model.prune_until must lie in 0 to 1, got 2.0",
+        ),
+        (
+            ["model.prune_to={ffn: 0.5}", "model.prune_until=0.3", "optim.warmup_share=0.3"],
+            "model.prune_until=0.3 must be above optim.warmup_share=0.3, where pruning begins",
+        ),
+        (["model.prune_to={ffn: 0.5}", "save.trajectory_every=5"], "set save.trajectory_every=0"),
+        (["model.prune_to={ffn: 0.5}", "engine.compile=true"], "was not tried with engine.compile=true"),
         (["teacher.trajectory=t", "objective.weights={ckd: 1}"], "gives weight to ckd alone"),
         (
             ["teacher.trajectory=t", "objective.weights={dpk: 1, forward_kl: [[0, 0], [1, 0]]}"],
