@@ -78,7 +78,7 @@ class Units:
         return torch.stack(self._gates).detach()
 
     def take_gradient(self) -> Tensor:
-        """Gradient of the gates [L, U], summed since it was taken last."""
+        """Gradient of the gates [L, U], summed since it was taken last. RuntimeError if there was no backward."""
         gradients = [gate.grad for gate in self._gates if gate.grad is not None]
         for gate in self._gates:
             gate.grad = None
@@ -86,6 +86,7 @@ class Units:
 
     @torch.no_grad()
     def set(self, gates_LU: Tensor) -> None:
+        """Give the gates these values, 1 or 0, as many of them 1 in every layer."""
         self.left = int(gates_LU[0].sum())
         for gate, values in zip(self._gates, gates_LU, strict=True):
             gate.copy_(values)

@@ -34,13 +34,17 @@ PRUNED: dict[str, Any] = {
     "micro_batch_size": 4,
     "log__every": 1,
 }
-STEADY = {"optim__eps": 1e-3, "optim__clip": 0.05}
+STEADY = {"optim__eps": 1e-3, "optim__clip": 0.05, "objective__weights": {"forward_kl": 1.0}}
 
 
 def run(shards: Path, teacher_run: Path, run_dir: Path, **changes: Any) -> list[str]:
-    """A student that starts as its teacher."""
+    """A student that starts as its teacher, and learns with the paper's terms but for those on attention."""
     final = teacher_run / "trajectory" / "step_00000024"
-    start = {"model__init_from": str(final), "teacher__trajectory": str(final.parent)}
+    start = {
+        "model__init_from": str(final),
+        "teacher__trajectory": str(final.parent),
+        "objective__weights": {"forward_kl": 1.0, "hard": 1.0, "hidden_square": 0.1},
+    }
     return ["train", *settings(shards, run_dir, **start, **{**PRUNED, **changes})]
 
 
