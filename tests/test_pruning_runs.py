@@ -45,7 +45,7 @@ def run(shards: Path, teacher_run: Path, run_dir: Path, **changes: Any) -> list[
         "teacher__trajectory": str(final.parent),
         "objective__weights": {"forward_kl": 1.0, "hard": 1.0, "hidden_square": 0.1},
     }
-    return ["train", *settings(shards, run_dir, **start, **{**PRUNED, **changes})]
+    return ["train", *settings(shards, run_dir, **{**start, **PRUNED, **changes})]
 
 
 def width(folder: Path) -> int:
