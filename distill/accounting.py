@@ -94,6 +94,7 @@ class Window:
         if self.run.schedule:
             values["teacher_step"] = self.run.schedule.checkpoint_at(state.consumed - config.batch_size)
             values["temperature"] = ramp_at(config.objective.temperature, share)
+        values |= self.run.engine.units_left
         values |= {f"weight_{name}": weight for name, weight in weights_at(config.objective, share).items()}
         timed = self.tokens - self._timed_from
         rows_timed = total["num_rows"] * timed / max(self.tokens, 1.0)

@@ -22,6 +22,7 @@ TERMS = (
 )  # fmt: skip
 # Any number of them; `distill.objectives.terms` holds their functions
 OBJECTIVES = (*FUSED, *TERMS)
+PRUNED = ("ffn", "heads")  # `distill.units` knows where they are
 
 
 def _opt(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -61,6 +62,14 @@ class ModelConfig:
     init_from: str = _opt("", "folder with weights to start from; empty: random weights from the seed")
     init_layers: list[int] = _opt(
         [], "layers of init_from, from 0, that the model starts with, e.g. [0, 2, 4] of a teacher; empty: all"
+    )
+    prune_to: dict[str, float] = _opt(
+        {},
+        "units of every layer that are left at the end, above 0 to 1: {ffn: 0.5} of the feed-forward part, {heads: 0.5} of "
+        "attention (llama); the least important are pruned while the model learns; empty: none",
+    )
+    prune_until: float = _opt(
+        0.7, "share of the budget after which no more is pruned; it begins when the warm-up ends"
     )
 
 

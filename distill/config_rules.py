@@ -8,7 +8,9 @@ import math
 from distill.config import (
     FUSED,
     OBJECTIVES,
+    PRUNED,
     Config,
+    ModelConfig,
     ObjectiveConfig,
     Ramp,
     ScheduleConfig,
@@ -23,6 +25,7 @@ SHARES = (
     "data.random_token_share",
     "objective.beta",
     "objective.speculate_from",
+    "model.prune_until",
     "schedule.early_share",
     "schedule.min_gain",
     "optim.warmup_share",
@@ -180,6 +183,7 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             "the student's probabilities open: add an anchor, e.g. forward_kl: 0.5 or hard: 0.1",
         ),
         *_speculation_rules(c),
+        *_pruning_rules(c),
         (
             "jsd" in soft or c.objective.beta == ObjectiveConfig().beta,
             f"objective.beta={c.objective.beta} is read by jsd only, which objective.weights does not name",
@@ -280,6 +284,37 @@ def _speculation_rules(c: Config) -> list[tuple[bool, str]]:
             taught,
             f"{name}: from there the labels are the student's own words, from which `hard` would learn nothing: let "
             "its weight be 0 from there, or leave it out",
+        ),
+    ]
+
+
+def _pruning_rules(c: Config) -> list[tuple[bool, str]]:
+    to, until, warm = c.model.prune_to, c.model.prune_until, c.optim.warmup_share
+    if not to:
+        return [
+            (
+                until == ModelConfig().prune_until,
+                f"model.prune_until={until} is read with model.prune_to only",
+            )
+        ]
+    return [
+        *[(name in PRUNED, f"model.prune_to.{name} is unknown{_nearest_of(name, PRUNED)}") for name in to],
+        *[
+            (0 < left <= 1, f"model.prune_to.{name} must be above 0 and at most 1, got {left}")
+            for name, left in to.items()
+        ],
+        (
+            until > warm,
+            f"model.prune_until={until} must be above optim.warmup_share={warm}, where pruning begins",
+        ),
+        (
+            not c.save.trajectory_every,
+            "model.prune_to makes checkpoints of different shapes, and a trajectory has one: set save.trajectory_every=0; "
+            "`distill export` gives the newest checkpoint of a run that is under way",
+        ),
+        (
+            not c.engine.compile,
+            "model.prune_to was not tried with engine.compile=true: leave one of the two",
         ),
     ]
 

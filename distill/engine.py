@@ -22,6 +22,7 @@ from distill.head import Pooled
 from distill.kernels import Divergence, SparseTargets
 from distill.memory import BUCKET
 from distill.models import Inputs, Inside, Rows, counted_hidden, final_layer, head_of, work_of
+from distill.pruning import Pruning
 from distill.zero_files import KEYS, ZeroFiles
 
 if not torch.cuda.is_available():
@@ -116,6 +117,7 @@ class Engine:
             groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
         )
         self.work = work_of(model)  # before ZeRO 3 splits the weights
+        self._pruning = Pruning(model, config)
         if config.engine.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.engine.compile:
@@ -148,6 +150,16 @@ class Engine:
             state = {name: whole.get(id(tensor), tensor) for name, tensor in state.items()}
         return {name: tensor.detach() for name, tensor in state.items()} if self.world.is_main else {}
 
+    def trained(self) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+        """The model to export and its state dict, without the units that were pruned; on rank 0. Collective."""
+        weights = self.weights()
+        return self._pruning.cut(self.model, weights) if self.world.is_main else (self.model, weights)
+
+    @property
+    def units_left(self) -> dict[str, int]:
+        """Of those that are pruned, by kind, in each layer."""
+        return self._pruning.left
+
     def _gathered(self, parameter: nn.Parameter) -> Tensor:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().to("cpu", copy=True) if self.world.is_main else parameter
@@ -169,12 +181,13 @@ class Engine:
             self._engine.step()  # counts the micro-step, changes no weight
 
     def step(self, lr: float) -> float | Tensor:
-        """Clip, update the weights with learning rate `lr`, forget the gradients.
+        """Clip, update the weights with learning rate `lr`, forget the gradients; prune what is due.
 
         Returns the norm of the gradient before clipping.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        self._pruning.step(self.world)
         if self.zero_stage > 0:
             self._engine.step()
             return self._engine.get_global_grad_norm()
@@ -187,6 +200,8 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Weights and optimizer state of all ranks into `folder`. Collective."""
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self.world.is_main:
+            self._pruning.save(folder)
 
     @property
     def zero_stage(self) -> int:
@@ -199,6 +214,7 @@ class Engine:
         """
         # No RuntimeError: that is memory or another rank, not the files, which were found whole.
         try:
+            self._pruning.load(folder)
             if (ranks, zero_stage) == (self.world.size, self.zero_stage):
                 loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
                 if loaded is None:

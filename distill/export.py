@@ -16,6 +16,7 @@ from distill.evaluate import validate, validation_samples
 from distill.intact import fault_of
 from distill.models import DTYPES, quiet_transformers
 from distill.pretrained import cast_parameters, load_model
+from distill.pruning import Pruning
 from distill.run_folder import CONFIG, saved_checkpoints
 
 
@@ -42,7 +43,9 @@ def export_run(run_dir: Path, out: Path) -> Path:
     model = student_model(config, Samples(config.data, "train", config.seed, shuffle=True))
     model.load_state_dict(saved_weights(newest))
     cast_parameters(model, DTYPES[config.engine.dtype])
-    export(model, model.state_dict(), Path(config.data.shards) / "tokenizer", out)
+    pruning = Pruning(model, config)
+    pruning.load(newest)
+    export(*pruning.cut(model, model.state_dict()), Path(config.data.shards) / "tokenizer", out)
     return out
 
 

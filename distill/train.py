@@ -119,11 +119,11 @@ def finish(run: Run, state: TrainState, found: dict[str, float]) -> dict[str, An
     if not found:  # killed between the last checkpoint and the mark
         found = validate(run.engine.student, run.validation, run.config, run.micro, run.world)
     result = {"step": state.step, "samples": state.consumed, "tokens": state.tokens, **found}
-    weights = run.engine.weights()
-    if run.world.is_main and not (run.folder / "model").exists():
-        checkpoint.export(run.engine.model, weights, run.tokenizer, run.folder / "model")
-    with distributed.all_stay(run.world):  # the main rank may have gigabytes to send
+    model, weights = run.engine.trained()
+    with distributed.all_stay(run.world):  # the main rank may have gigabytes to write and to send
         if run.world.is_main:
+            if not (run.folder / "model").exists():
+                checkpoint.export(model, weights, run.tokenizer, run.folder / "model")
             if run.publisher:
                 run.publisher.complete()
             write_result(run.folder, result)

@@ -26,7 +26,7 @@ KEYS = """
 run_dir seed steps batch_size micro_batch_size
 data.shards data.task data.mask_rate data.mask_token_share data.random_token_share
 data.isolate_documents data.span_depth data.shuffle_window data.num_workers
-model.architecture model.overrides model.init_from model.init_layers
+model.architecture model.overrides model.init_from model.init_layers model.prune_to model.prune_until
 teacher.trajectory teacher.targets teacher.dtype teacher.zero_stage teacher.ensemble teacher.pool teacher.offload
 teacher.unfinished teacher.cache teacher.cache_gb
 schedule.kind schedule.checkpoints schedule.num_stages schedule.stage_steps schedule.early_share
@@ -46,7 +46,7 @@ log.every log.eval_every log.eval_samples
 
 def test_list_of_keys_is_the_pinned_one() -> None:
     assert [key for key, _, _ in fields_of(Config())] == KEYS
-    assert len(KEYS) <= 71
+    assert len(KEYS) <= 73
 
 
 def test_every_key_is_explained_in_the_help_with_its_default() -> None:
@@ -220,6 +220,20 @@ def test_key_or_value_that_is_not_understood_is_named(assignment: str, said: str
         (["objective.speculate_from=1.5"], "objective.speculate_from must lie in 0 to 1, got 1.5"),
         (["objective.speculate_top_k=0"], "objective.speculate_top_k must be above 0, got 0"),
         (["model.init_layers=[0, 2]"], "are layers of model.init_from, which is not set"),
+        (["model.prune_to={ffn: 0}"], "model.prune_to.ffn must be above 0 and at most 1, got 0.0"),
+        (["model.prune_to.ffn=1.5"], "model.prune_to.ffn must be above 0 and at most 1, got 1.5"),
+        (["model.prune_to={fnn: 0.5}"], "model.prune_to.fnn is unknown; did you mean ffn?"),
+        (["model.prune_until=0.5"], "model.prune_until=0.5 is read with model.prune_to only"),
+        (
+            ["model.prune_to={ffn: 0.5}", "model.prune_until=2"],
+            "model.prune_until must lie in 0 to 1, got 2.0",
+        ),
+        (
+            ["model.prune_to={ffn: 0.5}", "model.prune_until=0.3", "optim.warmup_share=0.3"],
+            "model.prune_until=0.3 must be above optim.warmup_share=0.3, where pruning begins",
+        ),
+        (["model.prune_to={ffn: 0.5}", "save.trajectory_every=5"], "set save.trajectory_every=0"),
+        (["model.prune_to={ffn: 0.5}", "engine.compile=true"], "was not tried with engine.compile=true"),
         (["teacher.trajectory=t", "objective.weights={ckd: 1}"], "gives weight to ckd alone"),
         (
             ["teacher.trajectory=t", "objective.weights={dpk: 1, forward_kl: [[0, 0], [1, 0]]}"],

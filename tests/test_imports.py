@@ -25,6 +25,8 @@ FLOORS = {
         "hardware",
         "models",
         "pretrained",
+        "pruning",
+        "units",
         "targets",
         "files",
         "signals",
