@@ -24,11 +24,12 @@ from distill.evaluate import validation_samples
 from distill.growing import Growing
 from distill.models import (
     DTYPES,
+    PLAIN,
     build_model,
     check_split,
     num_parameters,
     quiet_transformers,
-    show_attentions,
+    use_plain_attention,
 )
 from distill.objectives import Objective
 from distill.objectives.terms import Gives, check_terms, learned_modules, needs_of
@@ -157,8 +158,8 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     model = student_model(config, samples)
     log.info("model: %s, %.2f M parameters", model.config.model_type, num_parameters(model) / 1e6)
     model.to(device=world.device)  # type: ignore[call-arg]  # transformers wraps Module.to untyped
-    if "attentions" in needs:
-        show_attentions(model)
+    if PLAIN & needs:
+        use_plain_attention(model)
     warn_of_emulation(config, world)
     learned = beside_student(config, model, teacher, schedule)
     engine = Engine(model, config, world, accumulation, learned)

@@ -18,7 +18,7 @@ FUSED = ("forward_kl", "reverse_kl", "jsd", "tvd", "hard")  # one of the first f
 TERMS = (
     "atkd", "rld", "pearson", "spearman", "clkd", "gate", "ada_alpha", "ada_margin", "excess_loss", "cross_head", "ckd",
     "ckd_hidden", "double", "double_pairs", "double_sampled", "hidden_cosine", "hidden_square", "attention_kl",
-    "curriculum", "dpk", "relations", "contrastive", "mixkd",
+    "curriculum", "dpk", "relations", "contrastive", "mixkd", "kdiga",
 )  # fmt: skip
 # Any number of them; `distill.objectives.terms` holds their functions
 OBJECTIVES = (*FUSED, *TERMS)

@@ -75,7 +75,7 @@ READ_BY = {
 # Terms on differences, ranks or the inside of the student: of themselves they leave its probabilities open.
 OPEN = {
     "ckd", "ckd_hidden", "relations", "contrastive", "pearson", "spearman", "clkd", "cross_head", "hidden_cosine",
-    "hidden_square", "attention_kl", "curriculum", "dpk",
+    "hidden_square", "attention_kl", "curriculum", "dpk", "kdiga",
 }  # fmt: skip
 
 
@@ -178,6 +178,12 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             or any(_highest(ramp) > 0 for name, ramp in c.objective.weights.items() if name not in OPEN),
             f"objective.weights gives weight to {' and '.join(c.objective.weights.keys() & OPEN)} alone, which leaves "
             "the student's probabilities open: add an anchor, e.g. forward_kl: 0.5 or hard: 0.1",
+        ),
+        (
+            "kdiga" not in c.objective.weights
+            or (c.engine.zero_stage < 3 and c.teacher.zero_stage < 3 and not c.engine.compile),
+            "objective.weights.kdiga derives by the inputs, the student's twice, for which weights must be whole and code "
+            "not compiled: set engine.zero_stage to 2 or less, teacher.zero_stage=0 and engine.compile=false",
         ),
         *_speculation_rules(c),
         (

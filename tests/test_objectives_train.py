@@ -115,7 +115,8 @@ def test_attentions_and_layers_come_of_padded_causal_and_isolated_inputs(
 def test_bf16_learned_modules_and_all_terms_of_split_weights(
     shards: Path, teacher_run: Path, tmp_path: Path
 ) -> None:
-    changes = student(teacher_run, tuple(TERMS), engine__dtype="bf16", engine__zero_stage=3, steps=3)
+    names = tuple(name for name in TERMS if name != "kdiga")  # which takes whole weights
+    changes = student(teacher_run, names, engine__dtype="bf16", engine__zero_stage=3, steps=3)
     for ended in distill_on_ranks(["train", *settings(shards, tmp_path / "run", **changes)], tmp_path, 2):
         ended.ok()
     assert len(rows(tmp_path / "run", "train")) == 3

@@ -19,6 +19,7 @@ from distill.objectives import (
     decoupled,
     double,
     gating,
+    input_gradients,
     layers,
     mixed,
     relations,
@@ -45,9 +46,9 @@ class Term(NamedTuple):
     """A sum over rows, and what it asks for.
 
     function: (Seen, **settings) -> 0-d tensor, a sum over the counted rows. help: one line, with the source.
-    needs: `layers`, `attentions` or a `mixed` run of both models, or `words`, how frequent each token is. stored:
-    whether targets that were stored with the label's probability and the rest's can serve it. learns: makes what is
-    learnt beside the student, of (width of the student, of the teacher).
+    needs: `layers`, `attentions`, `gradients` by the inputs or a `mixed` run of both models, or `words`, how frequent each
+    token is. stored: whether targets that were stored with the label's probability and the rest's can serve it. learns:
+    makes what is learnt beside the student, of (width of the student, of the teacher).
     """
 
     function: Callable[..., Tensor]
@@ -124,6 +125,9 @@ TERMS: dict[str, Term] = {
         relations.contrastive, "each row its teacher's among all (2407.11802)", learns=relations.Aligner
     ),
     "mixkd": Term(mixed.mixkd, "KL on mixtures of two sequences (MixKD, ICLR 2021) [R]", ("mixed",)),
+    "kdiga": Term(
+        input_gradients.kdiga, "gradients by the inputs, squared (KDIGA, 2110.12072)", ("gradients",)
+    ),
 }
 
 
