@@ -63,8 +63,8 @@ class Inside(NamedTuple):
 
     layers: hidden_ND after the embeddings and after each layer. attentions: each layer's weights_NHL, row n's query
     over the L keys of its sequence, for each of H heads. mixed_ND: what the head reads of a second run, on the inputs
-    of `mixed_embeddings`. words_BLD: the word embeddings that the trunk read, within the graph. pulls_BLD: the gradient
-    there of the teacher's own loss.
+    of `mixed_embeddings`. words_BLD: the word embeddings that the trunk read, within the graph. Beside a teacher alone:
+    pulls_BLD, the gradient there of its loss; reference_N, float32, the labels' log-probabilities by the student as it was.
     """
 
     layers: tuple[Tensor, ...] = ()
@@ -72,6 +72,7 @@ class Inside(NamedTuple):
     mixed_ND: Tensor | None = None
     words_BLD: Tensor | None = None
     pulls_BLD: Tensor | None = None
+    reference_N: Tensor | None = None
 
 
 class Rows(NamedTuple):

@@ -133,12 +133,14 @@ class Teacher:
 
     def signal(self, batch: Batch) -> Rows:
         """What the teacher says about this batch."""
-        if "gradients" not in self._needs:
-            return self.rows(batch.inputs, batch.rows_N)
-        assert self.model is not None, "use() comes first"
-        with torch.enable_grad():
-            rows = counted_rows(self.model, batch.inputs, batch.rows_N, self._needs)
-            return with_pulls(rows, batch.labels_N, self._vocab_size)
+        if "gradients" in self._needs:
+            assert self.model is not None, "use() comes first"
+            with torch.enable_grad():
+                rows = counted_rows(self.model, batch.inputs, batch.rows_N, self._needs)
+                rows = with_pulls(rows, batch.labels_N, self._vocab_size)
+        else:
+            rows = self.rows(batch.inputs, batch.rows_N)
+        return rows._replace(inside=rows.inside._replace(reference_N=batch.reference_N))
 
     def close(self) -> None:
         if self._stream:

@@ -22,6 +22,9 @@ STORED = [name for name, term in TERMS.items() if term.stored]
 ROW_WISE = ("rld", "pearson", "spearman", "cross_head", "double", "double_pairs", "hidden_square", "hidden_cosine",
             "attention_kl", "curriculum")  # fmt: skip
 # And kdiga, which takes whole weights: see test_objectives_inputs.
+IN_ANY_RUN = [
+    name for name in TERMS if name != "preference"
+]  # which makes its own texts: see test_preferences
 
 
 def seen_case(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distill.models import Inside, Rows
-from distill.objectives.seen import Seen, log_probabilities, of_gold, over_chunks
+from distill.objectives.seen import Seen, label_log_probabilities
 
 
 def kdiga(seen: Seen) -> Tensor:
@@ -19,7 +19,8 @@ def kdiga(seen: Seen) -> Tensor:
     """
     own, other, wanted = seen.student.inside, seen.live.inside, torch.is_grad_enabled()
     assert other.words_BLD is not None and other.pulls_BLD is not None, "needs `gradients`"
-    own_BLL = _entries(own.words_BLD, pulls(seen.student, seen.labels_N, seen.vocab_size, wanted))
+    felt_BLD = pulls(seen.student, seen.labels_N, seen.vocab_size, seen.chunk_rows, wanted)
+    own_BLL = _entries(own.words_BLD, felt_BLD)
     return (own_BLL - _entries(other.words_BLD, other.pulls_BLD)).square().mean(2).sum()
 
 
@@ -30,30 +31,26 @@ def _entries(words_BLD: Tensor | None, pulls_BLD: Tensor) -> Tensor:
     return pulls_BLD.to(wide) @ words_BLD.to(wide).transpose(1, 2)
 
 
-def pulls(rows: Rows, labels_N: Tensor, vocab_size: int, create_graph: bool = False) -> Tensor:
+def pulls(
+    rows: Rows, labels_N: Tensor, vocab_size: int, chunk_rows: int = 0, create_graph: bool = False
+) -> Tensor:
     """[B, L, D]: gradient of the loss on the labels by the word embeddings, which no parameter's .grad is told of.
 
     create_graph: so that it can be derived in its turn. The graph of `rows` is kept in any case.
     """
     assert rows.inside.words_BLD is not None, "needs `gradients`"
-    seen = Seen(rows, None, labels_N, labels_N, vocab_size)
-
-    def loss(hidden_CD: Tensor, rows_C: Tensor) -> Tensor:
-        return -of_gold(log_probabilities(hidden_CD, rows.head, vocab_size), labels_N[rows_C])
-
     with torch.enable_grad():
-        total = over_chunks(seen, loss).sum()
+        loss = -label_log_probabilities(rows, labels_N, vocab_size, chunk_rows).sum()
         (found_BLD,) = torch.autograd.grad(
-            total, rows.inside.words_BLD, create_graph=create_graph, retain_graph=True
+            loss, rows.inside.words_BLD, create_graph=create_graph, retain_graph=True
         )
     return found_BLD
 
 
 def with_pulls(rows: Rows, labels_N: Tensor, vocab_size: int) -> Rows:
     """What a teacher says with its own `pulls_BLD` beside, nothing of it within a graph any more."""
-    layers, attentions, mixed_ND, words_BLD, _ = rows.inside
-    found_BLD, hidden_ND = pulls(rows, labels_N, vocab_size), rows.hidden_ND.detach()
-    assert words_BLD is not None
-    layers, attentions = (tuple(x.detach() for x in each) for each in (layers, attentions))
-    inside = Inside(layers, attentions, mixed_ND, words_BLD.detach(), found_BLD)
-    return rows._replace(hidden_ND=hidden_ND, inside=inside)
+    inside, found_BLD = rows.inside, pulls(rows, labels_N, vocab_size)
+    assert inside.words_BLD is not None
+    layers, attentions = (tuple(x.detach() for x in each) for each in (inside.layers, inside.attentions))
+    apart = Inside(layers, attentions, inside.mixed_ND, inside.words_BLD.detach(), found_BLD)
+    return rows._replace(hidden_ND=rows.hidden_ND.detach(), inside=apart)

@@ -22,6 +22,7 @@ from distill.objectives import (
     input_gradients,
     layers,
     mixed,
+    preferences,
     relations,
 )
 
@@ -46,9 +47,10 @@ class Term(NamedTuple):
     """A sum over rows, and what it asks for.
 
     function: (Seen, **settings) -> 0-d tensor, a sum over the counted rows. help: one line, with the source.
-    needs: `layers`, `attentions`, `gradients` by the inputs or a `mixed` run of both models, or `words`, how frequent each
-    token is. stored: whether targets that were stored with the label's probability and the rest's can serve it. learns:
-    makes what is learnt beside the student, of (width of the student, of the teacher).
+    needs: `layers`, `attentions`, `gradients` by the inputs or a `mixed` run of both models, a `reference`, which the
+    student was, or `words`, how frequent each token is. stored: whether targets that were stored with the label's
+    probability and the rest's can serve it. learns: makes what is learnt beside the student, of (width of the student,
+    of the teacher).
     """
 
     function: Callable[..., Tensor]
@@ -128,6 +130,9 @@ TERMS: dict[str, Term] = {
     "kdiga": Term(
         input_gradients.kdiga, "gradients by the inputs, squared (KDIGA, 2110.12072)", ("gradients",)
     ),
+    "preference": Term(
+        preferences.preference, "warm-up on corrected texts (Warmup-Distill, 2502.11766)", ("reference",)
+    ),
 }
 
 
@@ -176,7 +181,7 @@ def check_terms(config: ObjectiveConfig, vocab_size: int, gives: Gives = "all", 
                 f"objective.weights.{name} needs more of the teacher than there is, as {why}: use one live teacher, or choose "
                 f"among {served}"
             )
-    if config.speculate_from < 1 and config.speculate_top_k > vocab_size:
+    if (config.speculate_from < 1 or "preference" in config.weights) and config.speculate_top_k > vocab_size:
         problems.append(
             f"objective.speculate_top_k is {config.speculate_top_k}, but the vocabulary has {vocab_size}: set it to less"
         )
