@@ -16,10 +16,9 @@ import yaml
 Ramp = float | list[list[float]]
 FUSED = ("forward_kl", "reverse_kl", "jsd", "tvd", "hard")  # one of the first four, and hard, in one pass
 TERMS = (
-    "atkd", "rld", "pearson", "spearman", "clkd", "gate", "ada_alpha", "ada_margin", "excess_loss", "cross_head", "ckd",
-    "ckd_hidden", "double", "double_pairs", "double_sampled", "hidden_cosine", "hidden_square", "attention_kl",
-    "curriculum", "dpk", "relations", "contrastive", "mixkd", "kdiga",
-    "preference",
+    "atkd", "rld", "pearson", "spearman", "cmkd", "clkd", "gate", "gate_learned", "ada_alpha", "ada_margin",
+    "excess_loss", "cross_head", "ckd", "ckd_hidden", "double", "double_pairs", "double_sampled", "hidden_cosine",
+    "hidden_square", "attention_kl", "curriculum", "dpk", "relations", "contrastive", "mixkd", "kdiga", "preference",
 )  # fmt: skip
 # Any number of them; `distill.objectives.terms` holds their functions
 OBJECTIVES = (*FUSED, *TERMS)

@@ -75,7 +75,7 @@ READ_BY = {
 
 # Terms on differences, ranks or the inside of the student: of themselves they leave its probabilities open.
 OPEN = {
-    "ckd", "ckd_hidden", "relations", "contrastive", "pearson", "spearman", "clkd", "cross_head", "hidden_cosine",
+    "ckd", "ckd_hidden", "relations", "contrastive", "pearson", "spearman", "cmkd", "clkd", "cross_head", "hidden_cosine",
     "hidden_square", "attention_kl", "curriculum", "dpk", "kdiga", "preference",
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ V, PADDED = 13, 16  # real classes (an odd number), rows of both heads
 WIDTHS = (6, 9)  # of student and teacher
 STORED = [name for name, term in TERMS.items() if term.stored]
 # Row by row: no row's share depends on which others are in the micro-batch.
-ROW_WISE = ("rld", "pearson", "spearman", "cross_head", "double", "double_pairs", "hidden_square", "hidden_cosine",
+ROW_WISE = ("rld", "pearson", "spearman", "cmkd", "cross_head", "double", "double_pairs", "hidden_square", "hidden_cosine",
             "attention_kl", "curriculum")  # fmt: skip
 # And kdiga, which takes whole weights: see test_objectives_inputs.
 IN_ANY_RUN = [

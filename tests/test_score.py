@@ -101,6 +101,8 @@ def test_run_on_exact_targets_is_the_live_teachers_to_the_bit(
 ) -> None:
     train(student(shards, tmp_path / "run", teacher__targets=str(hidden)))
     assert_same_run(tmp_path / "run", live)
+    read = [row["storage_mb_per_node"] for row in rows(tmp_path / "run", "train")]
+    assert sum(read) == pytest.approx(sum(len(tar) for tar in tars(hidden).values()) / 1e6)
 
 
 @pytest.mark.parametrize(

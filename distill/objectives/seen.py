@@ -219,6 +219,11 @@ def kl(teacher_CK: Tensor, student_CK: Tensor) -> Tensor:
     return (teacher_CK.exp() * (teacher_CK - student_CK)).sum(-1)
 
 
+def entropy(log_p_CK: Tensor) -> Tensor:
+    """[C]: nats; absent buckets add 0."""
+    return -(log_p_CK.exp() * log_p_CK).sum(-1)
+
+
 def renormalised(log_p_CK: Tensor) -> Tensor:
     """The same made to sum to 1; what is absent stays so, also where all is."""
     total_C1 = log_p_CK.logsumexp(-1, keepdim=True)
