@@ -96,7 +96,10 @@ def _time(plan: Plan) -> Iterator[str]:
             "weights are counted; hidden states that wait for the backward pass and work among rows are not"
         )
     if "preference" in terms or plan.config.objective.speculate_from < 1:
-        yield "          not counted: continuations by the student, and what checks them"
+        yield (
+            "          not counted: continuations by the student and what checks them, for preference the model of the start and "
+            "twice the micro-batch"
+        )
     if not plan.seconds:
         yield "time      unknown: give --tokens-per-second, or --tflops that a rank sustains"
         return
