@@ -24,20 +24,21 @@ from distill.evaluate import validation_samples
 from distill.growing import Growing
 from distill.models import (
     DTYPES,
+    PLAIN,
     build_model,
     check_split,
     num_parameters,
     quiet_transformers,
-    show_attentions,
+    use_plain_attention,
 )
-from distill.objectives import Objective
+from distill.objectives import Objective, weights_at
 from distill.objectives.terms import Gives, check_terms, learned_modules, needs_of
 from distill.pretrained import load_model, pick_layers
 from distill.probes.quality import word_buckets
 from distill.run_folder import Scheduled, read_schedule, store_schedule
 from distill.schedule import Schedule, follow_student, make_schedule, together
 from distill.signals import Cancelled, Stopped, stop_signal
-from distill.speculative import continued
+from distill.speculative import continued, corrected_pairs
 from distill.stored_teacher import StoredTeacher
 from distill.teacher import Teacher
 from distill.trajectory.audit.verdicts import refuse_bad_steps
@@ -66,9 +67,9 @@ class Run:
     trajectory: Scheduled | None  # that teaches
     growing: Growing | StoredTeacher | None  # the same while its run may not have ended
     publisher: Publisher | None  # of the trajectory that this run leaves
-    lacks_teacher: bool = (
-        False  # for the next step, and will not get it: there was a signal, or a fault of storage
-    )
+    reference: PreTrainedModel | None  # what the student was at the start, where an objective asks
+    # For the next step, and will not get it: there was a signal, or a fault of storage.
+    lacks_teacher: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -93,16 +94,21 @@ class Run:
         return time.perf_counter() - start
 
     def questions(self, micro_batches: list[Batch], state: TrainState) -> list[Batch]:
-        """What is asked in this step: the texts, or from some share of the budget on their continuations."""
-        objective = self.config.objective
-        if state.step / self.config.steps < objective.speculate_from:
+        """What is asked in this step: the texts, or the student's continuations of them, by its share of the budget."""
+        objective, share = self.config.objective, state.step / self.config.steps
+        in_pairs = weights_at(objective, share).get("preference", 0.0) > 0
+        if share < objective.speculate_from and not in_pairs:
             return micro_batches
         assert isinstance(self.teacher, Teacher) and self.teacher.model, (
             "the config names a teacher, and the schedule has begun"
         )
         models = (self.engine.model, self.teacher.model)
         settings = (objective.speculate_top_k, self.vocab_size, self.samples.tokenizer.pad_id)
-        return [continued(batch.to(self.world.device), *models, *settings) for batch in micro_batches]
+        there = [batch.to(self.world.device) for batch in micro_batches]
+        if in_pairs:
+            assert self.reference is not None, "the objective asks for it"
+            return [corrected_pairs(batch, *models, self.reference, *settings) for batch in there]
+        return [continued(batch, *models, *settings) for batch in there]
 
     def follow_schedule(self, consumed: int) -> float:
         """Let the checkpoint teach that rules after `consumed` samples. Seconds waited for it.
@@ -160,8 +166,8 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     model = student_model(config, samples)
     log.info("model: %s, %.2f M parameters", model.config.model_type, num_parameters(model) / 1e6)
     model.to(device=world.device)  # type: ignore[call-arg]  # transformers wraps Module.to untyped
-    if "attentions" in needs:
-        show_attentions(model)
+    if PLAIN & needs:
+        use_plain_attention(model)
     warn_of_emulation(config, world)
     learned = beside_student(config, model, teacher, schedule)
     engine = Engine(model, config, world, accumulation, learned)
@@ -185,6 +191,7 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
         trajectory,
         growing,
         publisher,
+        starting_model(config, samples, world) if "reference" in needs else None,
     )
 
 
@@ -322,6 +329,12 @@ def student_model(config: Config, samples: Samples) -> PreTrainedModel:
         )
     check_split(model)
     return model
+
+
+def starting_model(config: Config, samples: Samples, world: World) -> PreTrainedModel:
+    """What the run starts from, frozen, in the dtype of training; the same after a resume."""
+    model = student_model(config, samples).requires_grad_(False).eval()
+    return model.to(device=world.device, dtype=DTYPES[config.engine.dtype])
 
 
 def own_trajectory(

@@ -16,9 +16,9 @@ import yaml
 Ramp = float | list[list[float]]
 FUSED = ("forward_kl", "reverse_kl", "jsd", "tvd", "hard")  # one of the first four, and hard, in one pass
 TERMS = (
-    "atkd", "rld", "pearson", "spearman", "clkd", "gate", "ada_alpha", "ada_margin", "excess_loss", "cross_head", "ckd",
-    "ckd_hidden", "double", "double_pairs", "double_sampled", "hidden_cosine", "hidden_square", "attention_kl",
-    "curriculum", "dpk", "relations", "contrastive", "mixkd",
+    "atkd", "rld", "pearson", "spearman", "cmkd", "clkd", "gate", "gate_learned", "ada_alpha", "ada_margin",
+    "excess_loss", "cross_head", "ckd", "ckd_hidden", "double", "double_pairs", "double_sampled", "hidden_cosine",
+    "hidden_square", "attention_kl", "curriculum", "dpk", "relations", "contrastive", "mixkd", "kdiga", "preference",
 )  # fmt: skip
 # Any number of them; `distill.objectives.terms` holds their functions
 OBJECTIVES = (*FUSED, *TERMS)
@@ -161,7 +161,8 @@ class ObjectiveConfig:
     )
     speculate_top_k: int = _opt(
         25,
-        "a token of the student's that is not among so many of the teacher's likeliest is replaced by the teacher",
+        "a token of the student's that is not among so many of the teacher's likeliest is replaced by the teacher, also "
+        "in the warm-up by `preference`",
     )
     beta: float = _opt(0.5, "jsd: the teacher's share of the mixture, 0 (forward KL) to 1 (reverse KL)")
     temperature: Ramp = _opt(

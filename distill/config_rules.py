@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 
 from distill.config import (
@@ -77,8 +78,8 @@ READ_BY = {
 
 # Terms on differences, ranks or the inside of the student: of themselves they leave its probabilities open.
 OPEN = {
-    "ckd", "ckd_hidden", "relations", "contrastive", "pearson", "spearman", "clkd", "cross_head", "hidden_cosine",
-    "hidden_square", "attention_kl", "curriculum", "dpk",
+    "ckd", "ckd_hidden", "relations", "contrastive", "pearson", "spearman", "cmkd", "clkd", "cross_head", "hidden_cosine",
+    "hidden_square", "attention_kl", "curriculum", "dpk", "kdiga", "preference",
 }  # fmt: skip
 
 
@@ -182,8 +183,15 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             f"objective.weights gives weight to {' and '.join(c.objective.weights.keys() & OPEN)} alone, which leaves "
             "the student's probabilities open: add an anchor, e.g. forward_kl: 0.5 or hard: 0.1",
         ),
+        (
+            "kdiga" not in c.objective.weights
+            or (c.engine.zero_stage < 3 and c.teacher.zero_stage < 3 and not c.engine.compile),
+            "objective.weights.kdiga derives by the inputs, the student's twice, for which weights must be whole and code "
+            "not compiled: set engine.zero_stage to 2 or less, teacher.zero_stage=0 and engine.compile=false",
+        ),
         *_speculation_rules(c),
         *_pruning_rules(c),
+        *_warm_up_rules(c),
         (
             "jsd" in soft or c.objective.beta == ObjectiveConfig().beta,
             f"objective.beta={c.objective.beta} is read by jsd only, which objective.weights does not name",
@@ -266,6 +274,39 @@ def _speculation_rules(c: Config) -> list[tuple[bool, str]]:
     taught = not any(ramp_at(hard, share) for share in (first, *later, 1.0)) if hard != [] else True
     name = f"objective.speculate_from={first}"
     return [
+        *_continuation_rules(c, name),
+        (
+            taught,
+            f"{name}: from there the labels are the student's own words, from which `hard` would learn nothing: let "
+            "its weight be 0 from there, or leave it out",
+        ),
+    ]
+
+
+def _warm_up_rules(c: Config) -> list[tuple[bool, str]]:
+    name, weights = "objective.weights.preference", c.objective.weights
+    if "preference" not in weights:
+        return []
+    both = [weights["preference"], weights.get("hard", 0.0)]
+    points = sorted({0.0, 1.0, *(p[0] for ramp in both if isinstance(ramp, list) for p in ramp if p)})
+    shares = [*points, *((a + b) / 2 for a, b in itertools.pairwise(points))]
+    whole = all(ramp != [] and not _ramp_problems(ramp) for ramp in both)
+    return [
+        *_continuation_rules(c, name),
+        (
+            bool(c.model.init_from),
+            f"{name} warms up a student that can write: set model.init_from to a trained one",
+        ),
+        (
+            not whole or not any(all(ramp_at(ramp, share) > 0 for ramp in both) for share in shares),
+            f"{name}: while it has weight the labels are the student's own words, from which `hard` would learn nothing: "
+            "let one of both be 0, e.g. {preference: [[0, 1], [0.1, 1], [0.1, 0]], hard: [[0.1, 0], [0.1, 1]]}",
+        ),
+    ]
+
+
+def _continuation_rules(c: Config, name: str) -> list[tuple[bool, str]]:
+    return [
         (c.data.task == "clm", f"{name} lets the student go on with a text: it needs data.task=clm"),
         (
             bool(c.teacher.trajectory) and not c.teacher.targets and c.teacher.ensemble == 1,
@@ -279,11 +320,6 @@ def _speculation_rules(c: Config) -> list[tuple[bool, str]]:
             c.engine.zero_stage < 3 and c.teacher.zero_stage < 3,
             f"{name} runs both models many times a step, whose weights must be whole: set engine.zero_stage to 2 or "
             "less and teacher.zero_stage to 0",
-        ),
-        (
-            taught,
-            f"{name}: from there the labels are the student's own words, from which `hard` would learn nothing: let "
-            "its weight be 0 from there, or leave it out",
         ),
     ]
 

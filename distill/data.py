@@ -39,6 +39,7 @@ class Batch:
     num_tokens: int  # without padding
     sample_ids: Ints
     targets: Targets | None = None  # of the rows that count, where a teacher's were stored
+    reference_N: Tensor | None = None  # see Inside of `models`
 
     def without_rows(self) -> Batch:
         """The same inputs, of which nothing counts."""

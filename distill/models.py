@@ -41,6 +41,7 @@ TRANSFORMS: dict[str, Callable[[Any], nn.Module]] = {
 
 # What of a model's inside can be asked for -> the keyword that `transformers` knows it by.
 OUTPUTS = {"layers": "output_hidden_states", "attentions": "output_attentions"}
+PLAIN = frozenset({"attentions", "gradients"})  # of these, what asks for `use_plain_attention`
 
 # No dropout: pre-training at less than one epoch doesn't overfit, and the teacher's and the student's masks
 # then agree on what is hidden.
@@ -62,12 +63,16 @@ class Inside(NamedTuple):
 
     layers: hidden_ND after the embeddings and after each layer. attentions: each layer's weights_NHL, row n's query
     over the L keys of its sequence, for each of H heads. mixed_ND: what the head reads of a second run, on the inputs
-    of `mixed_embeddings`.
+    of `mixed_embeddings`. words_BLD: the word embeddings that the trunk read, within the graph. Beside a teacher alone:
+    pulls_BLD, the gradient there of its loss; reference_N, float32, the labels' log-probabilities by the student as it was.
     """
 
     layers: tuple[Tensor, ...] = ()
     attentions: tuple[Tensor, ...] = ()
     mixed_ND: Tensor | None = None
+    words_BLD: Tensor | None = None
+    pulls_BLD: Tensor | None = None
+    reference_N: Tensor | None = None
 
 
 class Rows(NamedTuple):
@@ -184,10 +189,11 @@ def counted_hidden(
     """Trunk over the whole batch, then what the final layer reads, [N, D], of the rows that count only.
 
     rows_N: int64 indices into the flattened [B*L] positions. needs: what of the inside comes along: `layers`,
-    `attentions` (of a model that `show_attentions` was called on), `mixed` (a second run of the trunk).
+    `attentions`, `gradients` (words_BLD, to differentiate by; both of a model that `use_plain_attention` was called on),
+    `mixed` (a second run of the trunk).
     """
     mask = inputs.attention_mask
-    if "attentions" in needs and mask is not None:  # plain attention adds its mask
+    if PLAIN.intersection(needs) and mask is not None:  # plain attention adds its mask
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
     trunk = partial(
         model.base_model,
@@ -195,7 +201,12 @@ def counted_hidden(
         position_ids=inputs.position_ids_BL,
     )
     asked = {OUTPUTS[need]: True for need in needs if need in OUTPUTS}
-    output = trunk(input_ids=inputs.input_ids_BL, **asked)
+    words_BLD = None
+    if "gradients" in needs:
+        words_BLD = model.get_input_embeddings()(inputs.input_ids_BL).requires_grad_()  # a frozen model's too
+        output = trunk(inputs_embeds=words_BLD, **asked)
+    else:
+        output = trunk(input_ids=inputs.input_ids_BL, **asked)
     hidden_ND = output.last_hidden_state.flatten(0, 1)[rows_N]
     layers = tuple(h.flatten(0, 1)[rows_N] for h in output.hidden_states) if "layers" in needs else ()
     attentions = (
@@ -207,7 +218,7 @@ def counted_hidden(
     if "mixed" in needs:
         again = trunk(inputs_embeds=mixed_embeddings(model, inputs.input_ids_BL))
         mixed_ND = _transformed(model, again.last_hidden_state.flatten(0, 1)[rows_N])
-    return _transformed(model, hidden_ND), Inside(layers, attentions, mixed_ND)
+    return _transformed(model, hidden_ND), Inside(layers, attentions, mixed_ND, words_BLD)
 
 
 def _transformed(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
@@ -232,16 +243,16 @@ def counted_rows(model: PreTrainedModel, inputs: Inputs, rows_N: Tensor, needs: 
     return Rows(hidden_ND, head_of(model), inside)
 
 
-def show_attentions(model: PreTrainedModel) -> None:
-    """Have the model compute attention in the plain way, the only one that keeps its weights; slower.
+def use_plain_attention(model: PreTrainedModel) -> None:
+    """Have the model compute attention in the plain way; slower, but it keeps its weights and can be derived twice.
 
     Raises:
         ValueError: layers that slide a window, whose masks plain attention takes in another form.
     """
     if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
         raise ValueError(
-            f"{model.config.model_type} has layers with a sliding window: its attentions can't be matched; "
-            "leave out the objective that needs attentions"
+            f"{model.config.model_type} has layers with a sliding window, which plain attention can't have; "
+            "leave out the objective that needs attentions or gradients"
         )
     model.set_attn_implementation("eager")
 

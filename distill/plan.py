@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from data_prep.shards import INDEX_NAME, ShardIndex
@@ -29,7 +30,9 @@ from distill.memory import (
     teacher_memory,
 )
 from distill.metrics import METRICS, read_rows
-from distill.models import AUTO, build_model, flops_per_step, num_parameters, work_of
+from distill.models import AUTO, PLAIN, build_model, flops_per_step, num_parameters, work_of
+from distill.objectives import term_names
+from distill.objectives.terms import TERMS, learned_modules, needs_of
 from distill.schedule import Schedule, due_after, make_schedule, together
 from distill.targets.codecs import bytes_a_row, make_codec
 from distill.trajectory.manifest import NAME, Manifest, load_manifest
@@ -67,6 +70,7 @@ class Plan:
     site: Site
     sequence_length: int
     student_parameters: int
+    learned_parameters: int  # of the objective, beside the student
     teacher_parameters: int
     micro_batch_size: int
     memory: dict[int, RankMemory]  # by ZeRO stage
@@ -81,7 +85,7 @@ class Plan:
     target_bytes: dict[
         str, float
     ]  # of `distill score` for this run, by codec, before compression; empty: no teacher
-    student_flops: float  # of one token, backward included
+    student_flops: float  # of one token, backward and terms of the objective included
     teacher_flops: float
     tokens_per_second: float
     speed_source: str
@@ -156,13 +160,21 @@ def make_plan(config: Config, site: Site) -> Plan:
     passing = (
         taught.ensemble
         * teacher_memory(teacher, taught.dtype, site.ranks, taught.zero_stage, taught.offload),
-        activation_memory(student, micro, length, dtype, config.engine.activation_checkpointing),
+        activation_memory(student, micro, length, dtype, config.engine.activation_checkpointing)
+        + _plain_attention(config, student, teacher, micro, length),
         logits_memory(student, rows, config.objective.chunk_rows, dtype, teacher is not None),
     )
     share = rows / (micro * length)
     student_flops = flops_per_step(work_of(student), 1, share, length, backward=True)
-    teacher_flops = flops_per_step(work_of(teacher), 1, share, length, backward=False) if teacher else 0.0
-    teacher_flops *= taught.ensemble
+    student_flops += _term_flops(config, student, 0, share, length)
+    teacher_flops = 0.0
+    if teacher:
+        teacher_flops = flops_per_step(work_of(teacher), 1, share, length, backward=False)
+        teacher_flops = taught.ensemble * (teacher_flops + _term_flops(config, teacher, 1, share, length))
+    with torch.device("meta"):
+        width = teacher.config.hidden_size if teacher else student.config.hidden_size
+        beside = learned_modules(config.objective.weights, student.config.hidden_size, width, config.seed)
+    trained = nn.ModuleList([student, *beside.values()])
     numbers, offload = num_parameters(student), config.engine.offload_optimizer
     speed, source = _tokens_per_second(config, site, student_flops + teacher_flops)
     leaves = sum(due_after(step, config).leave_checkpoint for step in range(1, config.steps + 1))
@@ -171,13 +183,14 @@ def make_plan(config: Config, site: Site) -> Plan:
         site=site,
         sequence_length=length,
         student_parameters=numbers,
+        learned_parameters=num_parameters(trained) - numbers,
         teacher_parameters=num_parameters(teacher) if teacher else 0,
         micro_batch_size=micro,
         memory={
-            s: _with(student_memory(student, s, dtype, site.ranks, offload=offload), *passing)
+            s: _with(student_memory(trained, s, dtype, site.ranks, offload=offload), *passing)
             for s in range(4)
         },
-        host_optimizer_bytes=host_memory(student, site.ranks) if offload else 0,
+        host_optimizer_bytes=host_memory(trained, site.ranks) if offload else 0,
         host_teacher_bytes=taught.ensemble
         * next_teacher_memory(teacher, taught.dtype, site.ranks, taught.zero_stage, taught.offload),
         schedule=schedule,
@@ -185,7 +198,7 @@ def make_plan(config: Config, site: Site) -> Plan:
         shard_bytes=shard_bytes,
         most_shard_bytes=config.total_samples * length * (2 if vocab_size <= 1 << 16 else 4),
         saved_bytes=(config.save.keep + 1)
-        * numbers
+        * num_parameters(trained)
         * (12 + (BYTES[dtype] if config.engine.zero_stage else 0)),
         trajectory_bytes=leaves * numbers * BYTES[dtype],
         target_bytes=_target_bytes(config, teacher, config.total_samples * length * share, vocab_size),
@@ -194,6 +207,27 @@ def make_plan(config: Config, site: Site) -> Plan:
         tokens_per_second=speed,
         speed_source=source,
     )
+
+
+def _term_flops(config: Config, model: PreTrainedModel, side: int, share: float, length: int) -> float:
+    """Of one token, by all terms beside the fused pass. side: 0 for the student, 1 for the teacher."""
+    work, terms = work_of(model), [TERMS[name] for name in term_names(config.objective)]
+    a_trunk = flops_per_step(work._replace(head=0), 1, share, length, backward=False)
+    a_head = 2.0 * share * work.head
+    return sum(term.heads[side] * a_head + term.trunks[side] * a_trunk for term in terms)
+
+
+def _plain_attention(
+    config: Config, student: PreTrainedModel, teacher: PreTrainedModel | None, micro: int, length: int
+) -> int:
+    """Bytes of [B, H, L, L] a layer of both models, where an objective needs them: fp32, and in 16 bits once more."""
+    if not PLAIN & needs_of(config.objective.weights):
+        return 0
+    models = [(student, config.engine.dtype), *([(teacher, config.teacher.dtype)] if teacher else [])]
+    return sum(
+        m.config.num_hidden_layers * m.config.num_attention_heads * (6 if dtype == "bf16" else 4)
+        for m, dtype in models
+    ) * (micro * length * length)
 
 
 def _with(memory: RankMemory, teacher: int, activations: int, logits: int) -> RankMemory:

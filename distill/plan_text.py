@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from distill.memory import RankMemory
+from distill.objectives import term_names
 from distill.plan import Plan
 
 GIB, GB = 2**30, 1e9
@@ -21,6 +22,8 @@ def plan_text(plan: Plan) -> str:
 def _budget(plan: Plan) -> Iterator[str]:
     config, site = plan.config, plan.site
     yield f"student   {plan.student_parameters / 1e6:,.1f} M parameters, {config.engine.dtype}"
+    if plan.learned_parameters:
+        yield f"learned   {plan.learned_parameters / 1e6:,.1f} M parameters of the objective, beside the student"
     if plan.teacher_parameters:
         dealt = "dealt over the ranks" + (", in host memory" if config.teacher.offload else "")
         where = dealt if config.teacher.zero_stage == 3 else "whole on every rank"
@@ -78,7 +81,10 @@ def _disk(plan: Plan) -> Iterator[str]:
     if plan.trajectory_bytes:
         yield f"leaves    {plan.trajectory_bytes / GB:,.1f} GB of trajectory"
     if plan.target_bytes:
-        yield f"targets   {_targets(plan)}, if stored by `distill score` (an estimate, before compression)"
+        yield (
+            f"targets   {_targets(plan)}, if stored by `distill score` (an estimate, before compression; of 50 draws 12 taken to "
+            "be of different tokens: of a flat teacher three times as much)"
+        )
 
 
 def _targets(plan: Plan) -> str:
@@ -91,6 +97,16 @@ def _time(plan: Plan) -> Iterator[str]:
         f"work      {flops / 1e9:,.2f} GFLOP a token, {plan.teacher_flops / flops:.0%} of it the teacher's; "
         f"{flops * plan.tokens / 1e18:,.1f} EFLOP in all"
     )
+    if terms := term_names(plan.config.objective):
+        yield (
+            f"terms     {', '.join(terms)}: products of the last layers, further runs of trunks, plain attention and learned "
+            "weights are counted; hidden states that wait for the backward pass and work among rows are not"
+        )
+    if "preference" in terms or plan.config.objective.speculate_from < 1:
+        yield (
+            "          not counted: continuations by the student and what checks them, for preference the model of the start and "
+            "twice the micro-batch"
+        )
     if not plan.seconds:
         yield "time      unknown: give --tokens-per-second, or --tflops that a rank sustains"
         return

@@ -25,10 +25,12 @@ WAIT_SECONDS = 2.0  # between looks at targets that are being scored
 class StoredTeacher:
     """The targets in `config.teacher.targets`, for every sample of the run those of the checkpoint that it names.
 
-    No model is swapped, fetched or asked: what accounting counts of a live teacher is 0 here.
+    No model is swapped or asked: swap_seconds and work are 0 and None.
+    bytes_read: of the targets' shards that the run has come to, each once, as all processes of a node share what its
+    first reader has brought into memory.
     """
 
-    swap_seconds, bytes_read, work = 0.0, 0, None
+    swap_seconds, work = 0.0, None
 
     def __init__(self, config: Config, samples: Samples, world: World) -> None:
         """Has `samples` read the targets with each batch.
@@ -55,6 +57,7 @@ class StoredTeacher:
             0 if self._waits else config.total_samples
         )  # samples whose targets are known to be there
         self._step = -1
+        self.bytes_read, self._counted = 0, 0  # the latter: samples whose shards are in bytes_read
         samples.targets = self.reader
 
     def settle(self, schedule: Schedule, consumed: int) -> Schedule:
@@ -84,6 +87,9 @@ class StoredTeacher:
         if consumed >= self._ready:
             raise Stopped(agree_on_stop(stop_signal(), self.world), consumed // schedule.batch_size)
         start, step = time.perf_counter(), schedule.checkpoint_at(consumed)
+        after = min(consumed + schedule.batch_size, schedule.total_samples)
+        for place in self.header.ranges(max(consumed, self._counted), after):
+            self.bytes_read, self._counted = self.bytes_read + self.reader.size_of(place), place.after
         if self.header.codec.is_exact and step != self._step:
             self._head = load_head(self.header, step, self.world.device)
         self._step = step

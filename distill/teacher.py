@@ -14,7 +14,18 @@ from distill.config import Config
 from distill.data import Batch
 from distill.distributed import World, gather_from_ranks
 from distill.engine import own_part, partitioned
-from distill.models import DTYPES, Inputs, Rows, Work, check_split, counted_rows, show_attentions, work_of
+from distill.models import (
+    DTYPES,
+    PLAIN,
+    Inputs,
+    Rows,
+    Work,
+    check_split,
+    counted_rows,
+    use_plain_attention,
+    work_of,
+)
+from distill.objectives.input_gradients import with_pulls
 from distill.objectives.terms import needs_of
 from distill.pretrained import empty_model, hidden_width
 from distill.schedule import Schedule
@@ -34,7 +45,7 @@ class Teacher:
         """Collective, as are `use` and, under ZeRO 3, `rows`."""
         check_vocabulary(manifest, tokenizer)
         self.manifest, self.config, self.sequence_length = manifest, config, sequence_length
-        self.world, self.device = world, world.device
+        self.world, self.device, self._vocab_size = world, world.device, tokenizer.vocab_size
         self.model: PreTrainedModel | None = None
         self.step: int | None = None
         self._needs = needs_of(config.objective.weights)
@@ -80,8 +91,8 @@ class Teacher:
                     f"teacher step {step}: {folder} has {model.config.vocab_size} logits, the manifest says "
                     f"{self.manifest.vocab_size}: index the trajectory again"
                 )
-            if "attentions" in self._needs:
-                show_attentions(model)
+            if PLAIN & self._needs:
+                use_plain_attention(model)
             with torch.device("meta"):  # whole, also where ZeRO 3 deals the model
                 self.work = work_of(
                     empty_model(self.config.data.task, folder, model.dtype, self.sequence_length)
@@ -131,7 +142,14 @@ class Teacher:
 
     def signal(self, batch: Batch) -> Rows:
         """What the teacher says about this batch."""
-        return self.rows(batch.inputs, batch.rows_N)
+        if "gradients" in self._needs:
+            assert self.model is not None, "use() comes first"
+            with torch.enable_grad():
+                rows = counted_rows(self.model, batch.inputs, batch.rows_N, self._needs)
+                rows = with_pulls(rows, batch.labels_N, self._vocab_size)
+        else:
+            rows = self.rows(batch.inputs, batch.rows_N)
+        return rows._replace(inside=rows.inside._replace(reference_N=batch.reference_N))
 
     def close(self) -> None:
         if self._stream:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distill.kernels import Head, SparseTargets
 from distill.models import Inside, Rows
+from distill.objectives.input_gradients import with_pulls
 from distill.objectives.seen import Seen
 from distill.objectives.terms import TERMS, learned_modules
 
@@ -18,8 +19,12 @@ V, PADDED = 13, 16  # real classes (an odd number), rows of both heads
 WIDTHS = (6, 9)  # of student and teacher
 STORED = [name for name, term in TERMS.items() if term.stored]
 # Row by row: no row's share depends on which others are in the micro-batch.
-ROW_WISE = ("rld", "pearson", "spearman", "cross_head", "double", "double_pairs", "hidden_square", "hidden_cosine",
+ROW_WISE = ("rld", "pearson", "spearman", "cmkd", "cross_head", "double", "double_pairs", "hidden_square", "hidden_cosine",
             "attention_kl", "curriculum")  # fmt: skip
+# And kdiga, which takes whole weights: see test_objectives_inputs.
+IN_ANY_RUN = [
+    name for name in TERMS if name != "preference"
+]  # which makes its own texts: see test_preferences
 
 
 def seen_case(
@@ -62,16 +67,26 @@ def seen_case(
         *student.inside.attentions,
     ):
         leaf.requires_grad_()
-    labels_N = torch.randint(V, (num_rows,))
+    labels_N, sequence_N = torch.randint(V, (num_rows,)), torch.arange(num_rows) * 3 // max(num_rows, 1)
+    if learns == "kdiga":
+        student, teacher = (_of_words(rows, sequence_N) for rows in (student, teacher))
+        teacher = with_pulls(teacher, labels_N, V)
     targets = stored_targets(teacher, labels_N) if stored else teacher
     learned = learned_modules([learns], *WIDTHS, seed=1) if learns else {}
     for module in learned.values():
         module.double()
     seen = Seen(
-        student, targets, labels_N, torch.arange(num_rows) * 3 // max(num_rows, 1), V, chunk_rows=3,
+        student, targets, labels_N, sequence_N, V, chunk_rows=3,
         bucket_V=torch.arange(V) // 5, learned=learned,
     )  # fmt: skip
     return replace(seen, **changes)
+
+
+def _of_words(rows: Rows, sequence_N: Tensor) -> Rows:
+    """Rows that are made of word embeddings, five a sequence."""
+    words_BLD = torch.randn(3, 5, rows.hidden_ND.shape[1], dtype=torch.float64, requires_grad=True)
+    hidden_ND = rows.hidden_ND + 0.1 * words_BLD.square().sum(1)[sequence_N]
+    return rows._replace(hidden_ND=hidden_ND, inside=rows.inside._replace(words_BLD=words_BLD))
 
 
 def stored_targets(teacher: Rows, labels_N: Tensor) -> SparseTargets:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from term_case import WIDTHS, assert_follows, probabilities, seen_case
+from term_case import IN_ANY_RUN, WIDTHS, assert_follows, probabilities, seen_case
 from torch import Tensor
 
 from distill.models import Rows
@@ -261,7 +261,9 @@ def test_stored_targets_can_not_serve_a_term_that_reads_hidden_states(name: str)
         TERMS[name].function(seen_case(stored=True, learns=name))
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize(
+    "name", [name for name in IN_ANY_RUN if name != "kdiga"]
+)  # it needs a graph: see its own tests
 def test_term_in_bf16_is_near_that_in_float64(name: str) -> None:
     exact = seen_case(6, learns=name)
     torch.manual_seed(2)
@@ -275,7 +277,7 @@ def to_bf16(seen: Seen) -> Seen:
     from dataclasses import replace
 
     def rows(r: Rows) -> Rows:
-        layers, attentions, mixed = r.inside
+        layers, attentions, mixed, *_ = r.inside
         both = (tuple(x.detach().bfloat16() for x in each) for each in (layers, attentions))
         inside = type(r.inside)(*both, None if mixed is None else mixed.detach().bfloat16())
         head = r.head._replace(

@@ -88,21 +88,50 @@ def pearson(classes: int) -> Callable[[Seen], Tensor]:
     return expected
 
 
-def spearman(classes: int, temperature: float) -> Callable[[Seen], Tensor]:
-    def ranks(z: list[Tensor]) -> list[Tensor]:
-        return [
-            0.5 + sum((1 / (1 + (-(other - own) / temperature).exp()) for other in z), torch.tensor(0.0))
-            for own in z
-        ]
+def soft_ranks(z: list[Tensor], temperature: float) -> list[Tensor]:
+    return [
+        0.5 + sum((1 / (1 + (-(other - own) / temperature).exp()) for other in z), torch.tensor(0.0))
+        for own in z
+    ]
 
+
+def spearman(classes: int, temperature: float) -> Callable[[Seen], Tensor]:
     def expected(seen: Seen) -> Tensor:
         found = []
         for row in rows_in(seen):
             kept = row.likeliest(classes)
-            found.append(1 - rho(*(ranks([x[k].log() for k in kept]) for x in (row.student, row.teacher))))
+            both = ([x[k].log() for k in kept] for x in (row.student, row.teacher))
+            found.append(1 - rho(*(soft_ranks(side, temperature) for side in both)))
         return total(found)
 
     return expected
+
+
+def cmkd(classes: int, temperature: float) -> Callable[[Seen], Tensor]:
+    def expected(seen: Seen) -> Tensor:
+        found = []
+        for row in rows_in(seen):
+            kept = row.likeliest(classes)
+            own, other = ([x[k].log() for k in kept] for x in (row.student, row.teacher))
+            h = float(-sum(p * p.log() for p in row.teacher)) / math.log(13)
+            ranked = 1 - rho(soft_ranks(own, temperature), soft_ranks(other, temperature))
+            found.append((1 - h) * (1 - rho(own, other)) + h * ranked)
+        return total(found)
+
+    return expected
+
+
+def gate_learned(seen: Seen) -> Tensor:
+    rows, sequences = rows_in(seen), seen.sequence_N.tolist()
+    (w, bias), found = seen.learned["gate_learned"].parameters(), []
+    for row, sequence in zip(rows, sequences, strict=True):
+        same = [r for r, s in zip(rows, sequences, strict=True) if s == sequence]
+        ce = -sum(float(r.student[r.gold].detach().log()) for r in same) / len(same)
+        entropy = -sum(float(sum(p * p.log() for p in r.teacher)) for r in same) / len(same)
+        g = 1 / (1 + (-(w[0, 0] * ce + w[0, 1] * entropy + w[0, 2] * math.log(len(same)) + bias[0])).exp())
+        best = row.likeliest(1)[0]
+        found.append(g * kl(row.teacher, row.student) - (1 - g) * row.student[best].log())
+    return total(found)
 
 
 def gate(slope: float) -> Callable[[Seen], Tensor]:
@@ -170,7 +199,9 @@ EQUATIONS = {
     "rld": (rld(1.0, 0.5, 1.0, 1.0), {}),
     "pearson": (pearson(3), {"classes": 3}),
     "spearman": (spearman(3, 0.7), {"classes": 3, "temperature": 0.7}),
+    "cmkd": (cmkd(3, 0.7), {"classes": 3, "temperature": 0.7}),
     "gate": (gate(2.0), {"slope": 2.0}),
+    "gate_learned": (gate_learned, {}),
     "ada_alpha": (ada_alpha, {}),
     "ada_margin": (ada_margin, {}),
     "excess_loss": (excess_loss(0.8), {"temperature": 0.8}),
@@ -182,13 +213,16 @@ EQUATIONS = {
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_term_and_its_gradient_follow_the_equation(name: str, num_rows: int, stored: bool) -> None:
     expected, settings = EQUATIONS[name]
-    assert_follows(name, expected, seen_case(num_rows, stored=stored), **settings)
+    seen = seen_case(num_rows, stored=stored, learns=name)
+    for p in (p for module in seen.learned.values() for p in module.parameters()):
+        torch.nn.init.normal_(p, std=0.3)  # not 0
+    assert_follows(name, expected, seen, **settings)
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_rest_of_the_vocabulary_is_no_class_however_heavy(name: str) -> None:
     expected, settings = EQUATIONS[name]
-    assert_follows(name, expected, with_heavy_tail(seen_case()), **settings)
+    assert_follows(name, expected, with_heavy_tail(seen_case(learns=name)), **settings)
 
 
 def test_temperatures_of_rld_follow_the_equation() -> None:
@@ -209,11 +243,12 @@ def test_stored_targets_that_keep_every_class_say_what_the_live_teacher_says(nam
 
     from distill.kernels import SparseTargets
 
-    live = seen_case()
+    live = seen_case(learns=name)
     p_NV = probabilities(live.live)
     ids_NV = torch.arange(V).expand(7, V)
     gold_N = p_NV.gather(1, live.labels_N[:, None]).squeeze(1)
-    kept = seen_case(teacher=SparseTargets(ids_NV, p_NV, torch.zeros(7, dtype=torch.float64), gold_N))
+    targets = SparseTargets(ids_NV, p_NV, torch.zeros(7, dtype=torch.float64), gold_N)
+    kept = seen_case(teacher=targets, learns=name)
     outcomes = []
     for seen in (live, kept):
         torch.manual_seed(3)
@@ -225,7 +260,7 @@ def test_stored_targets_that_keep_every_class_say_what_the_live_teacher_says(nam
 @BOTH
 @pytest.mark.parametrize("name", STORED)
 def test_teacher_that_is_sure_gives_finite_values_and_gradients(name: str, stored: bool) -> None:
-    seen = seen_case(stored=stored, scale=60.0)
+    seen = seen_case(stored=stored, scale=60.0, learns=name)
     value = TERMS[name].function(seen)
     gradient = torch.autograd.grad(value, seen.student.hidden_ND)[0]
     assert value.isfinite()
@@ -239,8 +274,9 @@ def test_teacher_that_is_sure_gives_finite_values_and_gradients(name: str, store
 def test_student_that_says_what_the_teacher_says_has_no_gradient_from_the_teacher(name: str) -> None:
     """But from labels and best guesses, which atkd, gate and the others that mix them in keep."""
     seen = seen_case()
-    seen = seen_case(student=seen.live._replace(hidden_ND=seen.live.hidden_ND.clone().requires_grad_()))
+    same = seen.live._replace(hidden_ND=seen.live.hidden_ND.clone().requires_grad_())
+    seen = seen_case(student=same, learns=name)
     value = TERMS[name].function(seen)
     gradient = torch.autograd.grad(value, seen.student.hidden_ND)[0]
-    mixes_labels = name in ("rld", "gate", "ada_alpha")
+    mixes_labels = name in ("rld", "gate", "gate_learned", "ada_alpha")
     assert (float(gradient.abs().max()) > 1e-3) == mixes_labels

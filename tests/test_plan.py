@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import LENGTH, VOCABULARY, config
+import torch
+from tiny import LENGTH, SIZES, VOCABULARY, config
+from transformers import AutoModelForMaskedLM, BertConfig
 
 from distill.__main__ import main
 from distill.build import build_run
 from distill.distributed import start
-from distill.models import num_parameters
+from distill.models import num_parameters, work_of
 from distill.plan import Plan, Site, make_plan
 from distill.plan_text import plan_text
 from distill.trajectory.manifest import load_manifest
@@ -46,6 +48,7 @@ def test_stored_targets_are_estimated_by_the_rows_that_count(plan: Plan) -> None
     assert plan.target_bytes["hidden"] == pytest.approx(rows * 32 * 4, rel=0.02)  # of width 32 in fp32
     assert 0 < plan.target_bytes["sampled draws=50"] < plan.target_bytes["top_k k=64"]
     assert "GB sampled draws=50" in plan_text(plan)
+    assert "of 50 draws 12 taken to be of different tokens" in plan_text(plan)
 
 
 def test_storage_is_each_byte_of_the_checkpoints_that_teach_once(plan: Plan, teacher_run: Path) -> None:
@@ -94,6 +97,48 @@ def test_options_that_save_memory_are_planned_for(shards: Path, teacher_run: Pat
     assert "host memory of a rank" in said and "dealt over the ranks, in host memory" in said
     assert plain.host_teacher_bytes == 4 * plain.teacher_parameters  # the next one waits, whole
     assert "of optimizer" not in plan_text(plain)
+
+
+def with_terms(shards: Path, teacher_run: Path, folder: Path, **weights: float) -> Plan:
+    taught = {**STUDENT, "teacher__trajectory": str(teacher_run / "trajectory")}
+    objective = {"objective__weights": {"forward_kl": 1.0, **weights}}
+    return make_plan(config(shards, folder / "run", **taught, **objective), ONE)
+
+
+def test_term_on_logits_costs_further_products_of_the_last_layers(
+    plan: Plan, shards: Path, teacher_run: Path, tmp_path: Path
+) -> None:
+    """Beside 3 of the student's and 1 of the teacher's, by the 15 % of rows that count."""
+    found = with_terms(shards, teacher_run, tmp_path, atkd=1.0)
+    with torch.device("meta"):
+        own = work_of(AutoModelForMaskedLM.from_config(_tiny_config()))
+    assert found.student_flops - plan.student_flops == pytest.approx(4 * 2 * own.head * 0.15, rel=0.02)
+    assert found.teacher_flops - plan.teacher_flops == pytest.approx(2 * 2 * own.head * 0.15, rel=0.02)
+    said = plan_text(found)
+    assert "terms     atkd: products of the last layers" in said and "terms " not in plan_text(plan)
+
+
+def test_second_run_of_the_trunks_plain_attention_and_learned_weights_are_planned_for(
+    plan: Plan, shards: Path, teacher_run: Path, tmp_path: Path
+) -> None:
+    mixed = with_terms(shards, teacher_run, tmp_path, mixkd=1.0)
+    assert 1.5 < mixed.student_flops / plan.student_flops < 3
+    assert 1.5 < mixed.teacher_flops / plan.teacher_flops < 3
+    seen = with_terms(shards, teacher_run, tmp_path, attention_kl=1.0)
+    shape = _tiny_config()
+    kept = (
+        2 * shape.num_hidden_layers * shape.num_attention_heads * 8 * LENGTH**2 * 4
+    )  # of both models, in fp32
+    assert seen.memory[1].activations - plan.memory[1].activations == kept
+    learned = with_terms(shards, teacher_run, tmp_path, hidden_square=1.0)
+    assert learned.learned_parameters == shape.hidden_size**2
+    assert learned.memory[1].optimizer - plan.memory[1].optimizer == 12 * shape.hidden_size**2
+    assert "learned   0.0 M parameters of the objective" in plan_text(learned)
+    assert learned.trajectory_bytes == plan.trajectory_bytes and learned.saved_bytes > plan.saved_bytes
+
+
+def _tiny_config() -> BertConfig:
+    return BertConfig(vocab_size=VOCABULARY, **SIZES["bert"])
 
 
 def test_memory_decides_what_fits(plan: Plan) -> None:

@@ -32,6 +32,7 @@ from tiny import (
 
 from distill.config_reader import ConfigError
 from distill.data import Samples
+from distill.metrics import METRICS, read_rows
 from distill.models import counted_rows
 from distill.pretrained import load_model
 from distill.run_folder import RunFolderError
@@ -101,6 +102,8 @@ def test_run_on_exact_targets_is_the_live_teachers_to_the_bit(
 ) -> None:
     train(student(shards, tmp_path / "run", teacher__targets=str(hidden)))
     assert_same_run(tmp_path / "run", live)
+    read = [row["storage_mb_per_node"] for row in read_rows(tmp_path / "run" / METRICS, "train")]
+    assert sum(read) == pytest.approx(sum(len(tar) for tar in tars(hidden).values()) / 1e6)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distill.objectives.seen import ABSENT, Buckets, Seen, buckets, of_classes, over_rows
+from distill.objectives.seen import ABSENT, Buckets, Seen, entropy, of_classes, over_rows, teacher_buckets
 
 
 def pearson(seen: Seen, *, classes: int = 64) -> Tensor:
@@ -14,7 +16,7 @@ def pearson(seen: Seen, *, classes: int = 64) -> Tensor:
 
     rho is Pearson's correlation, to which shift and scale of the logits make no difference; a row in which either
     side is constant has rho 0. Stored targets serve with as many classes as they keep of a row.
-    Source: CMKD (2410.06561), the linear part; its switch between both parts by the teacher's entropy is left out.
+    Source: CMKD (2410.06561), the linear part; `cmkd` has both.
     """
     return over_rows(seen, lambda rows: 1 - correlation(*_likeliest(rows, classes))).sum()
 
@@ -26,10 +28,22 @@ def spearman(seen: Seen, *, classes: int = 32, temperature: float = 0.5) -> Tens
     grow with classes^2 a row. Source: CMKD (2410.06561), the monotonic part; its form of soft rank is recalled [R].
     """
 
+    return over_rows(seen, lambda rows: 1 - _rank_correlation(*_likeliest(rows, classes), temperature)).sum()
+
+
+def cmkd(seen: Seen, *, classes: int = 32, temperature: float = 0.5) -> Tensor:
+    """sum_n (1 - h_n) (1 - rho_n of `pearson`) + h_n (1 - rho_n of `spearman`), h_n = H(p_t) / log V, 0 to 1.
+
+    Where the teacher is sure the student takes over its values up to scale, where it is not their order alone.
+    Source: CMKD (2410.06561), whose abstract says that the weights of both parts follow the row's difficulty; that
+    this is the teacher's entropy is [R], which part a difficult row leans to and that h is linear in it, ours.
+    """
+
     def of_rows(rows: Buckets) -> Tensor:
-        student_CK, teacher_CK, here_CK = _likeliest(rows, classes)
-        student_CK, teacher_CK = (_soft_ranks(x, here_CK, temperature) for x in (student_CK, teacher_CK))
-        return 1 - correlation(student_CK, teacher_CK, here_CK)
+        sides = _likeliest(rows, classes)
+        difficulty_C = entropy(rows.teacher_CK) / math.log(seen.vocab_size)
+        by_value_C, by_rank_C = 1 - correlation(*sides), 1 - _rank_correlation(*sides, temperature)
+        return (1 - difficulty_C) * by_value_C + difficulty_C * by_rank_C
 
     return over_rows(seen, of_rows).sum()
 
@@ -74,6 +88,11 @@ def _likeliest(rows: Buckets, number: int) -> tuple[Tensor, Tensor, Tensor]:
     return rows.student_CK.gather(1, which_Ck), top_Ck, top_Ck > ABSENT / 2
 
 
+def _rank_correlation(one_CK: Tensor, other_CK: Tensor, here_CK: Tensor, temperature: float) -> Tensor:
+    one_CK, other_CK = (_soft_ranks(x, here_CK, temperature) for x in (one_CK, other_CK))
+    return correlation(one_CK, other_CK, here_CK)
+
+
 def _soft_ranks(z_CK: Tensor, here_CK: Tensor, temperature: float) -> Tensor:
     above_CKK = torch.sigmoid((z_CK[:, None, :] - z_CK[:, :, None]) / temperature)
     return 0.5 + above_CKK.where(here_CK[:, None, :], 0.0).sum(2)
@@ -84,7 +103,7 @@ def _common_classes(seen: Seen, number: int) -> Tensor:
     """[K]: ids of the classes with the largest sum of the teacher's probabilities over all rows."""
     mass_V = seen.student.hidden_ND.new_zeros(seen.vocab_size, dtype=torch.float64)
     for rows_C in torch.arange(seen.num_rows, device=seen.labels_N.device).split(seen.rows_at_once):
-        mass_V += buckets(seen.student.hidden_ND[rows_C], seen, rows_C).teacher_CK.exp().double().sum(0)
+        mass_V += teacher_buckets(seen, rows_C).teacher_CK.exp().double().sum(0)
     return mass_V.topk(number).indices
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from distill.objectives.seen import Buckets, Seen, kl, of_classes, of_gold, over_rows
+from distill.objectives.seen import Buckets, Seen, entropy, kl, of_classes, of_gold, over_rows
 
 
 def gate(seen: Seen, *, slope: float = 1.0) -> Tensor:
@@ -14,25 +14,59 @@ def gate(seen: Seen, *, slope: float = 1.0) -> Tensor:
 
     g_s = sigmoid(slope * (H - H_s)), with the teacher's mean entropy over all rows, H, and over those of the
     sequence: what is simple to the teacher is learnt token by token, the rest by its best guess. Depends on the
-    micro-batch through H. Source: hybrid of sentence- and token-level distillation (2404.14827); there the gate is
-    learned with the student on generated text. Raw text has none, and a gate that the loss itself trains would choose
-    what is easy, so ours is this function of the teacher.
+    micro-batch through H; where all its rows are of one sequence g is 1/2. Source: hybrid of sentence- and token-level
+    distillation (2404.14827); there the gate is learned (`gate_learned`) and the sentences are generated.
     """
+    soft_N, best_N, entropy_N, _ = _levels(seen)
+    if seen.num_rows == 0:
+        return soft_N.sum()
+    gate_N = torch.sigmoid(slope * (entropy_N.mean() - group_means(entropy_N, seen.sequence_N)))
+    return (gate_N * soft_N + (1 - gate_N) * best_N).sum()
+
+
+class Gate(nn.Module):
+    """Logit [N, 1] of three facts of each row's sequence; 0 at first."""
+
+    def __init__(self, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        nn.init.zeros_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, facts_N3: Tensor) -> Tensor:
+        logit_N1: Tensor = self.layer(facts_N3)
+        return logit_N1
+
+
+def gate_learned(seen: Seen) -> Tensor:
+    """sum_n g_s KL(p_t || p_s) + (1 - g_s) CE(argmax p_t, p_s), g_s = sigmoid( w . facts of the row's sequence ).
+
+    Facts: mean CE_s of the labels, the teacher's mean entropy, log of the number of rows, without their gradient; w is
+    learned with the student, from 0, so that g starts at 1/2. The loss itself trains it, hence it leans to the level
+    that costs less, which can differ from the one that teaches more. Source: hybrid of sentence- and token-level
+    distillation (2404.14827), of which the abstract was read; the facts [R], and the teacher's best guess of each token
+    in place of a sentence that it generates, which raw text has none of.
+    """
+    soft_N, best_N, entropy_N, hard_N = _levels(seen)
+    sequence_N = seen.sequence_N
+    counts_N = torch.bincount(sequence_N)[sequence_N].to(entropy_N.dtype)
+    means = [group_means(x, sequence_N) for x in (hard_N, entropy_N)]
+    facts_N3 = torch.stack([*means, counts_N.log()], 1).to(seen.student.hidden_ND.dtype)
+    gate_N = torch.sigmoid(seen.learned["gate_learned"](facts_N3).to(soft_N.dtype)).squeeze(1)
+    return (gate_N * soft_N + (1 - gate_N) * best_N).sum()
+
+
+def _levels(seen: Seen) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[N] each: KL(p_t || p_s), CE with the teacher's best guess; its entropy and CE(label), without gradients."""
 
     def of_rows(rows: Buckets) -> Tensor:
         best_C = of_classes(rows.teacher_CK, rows.ids_CK).argmax(1)
-        entropy_C = -(rows.teacher_CK.exp() * rows.teacher_CK).sum(1)
-        return torch.stack(
-            [kl(rows.teacher_CK, rows.student_CK), -of_gold(rows.student_CK, best_C), entropy_C], 1
-        )
+        soft_C, best_C = kl(rows.teacher_CK, rows.student_CK), -of_gold(rows.student_CK, best_C)
+        hard_C = -of_gold(rows.student_CK, rows.gold_C)
+        return torch.stack([soft_C, best_C, entropy(rows.teacher_CK), hard_C], 1)
 
-    parts_N3 = over_rows(seen, of_rows)
-    if seen.num_rows == 0:
-        return parts_N3.sum()
-    soft_N, best_N, entropy_N = parts_N3.unbind(1)
-    entropy_N = entropy_N.detach()
-    gate_N = torch.sigmoid(slope * (entropy_N.mean() - group_means(entropy_N, seen.sequence_N)))
-    return (gate_N * soft_N + (1 - gate_N) * best_N).sum()
+    soft_N, best_N, entropy_N, hard_N = over_rows(seen, of_rows).unbind(1)
+    return soft_N, best_N, entropy_N.detach(), hard_N.detach()
 
 
 def ada_alpha(seen: Seen) -> Tensor:

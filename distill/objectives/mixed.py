@@ -14,7 +14,8 @@ def mixkd(seen: Seen) -> Tensor:
 
     Each model mixes its own embeddings, by the same lambda, and keeps mask and counted rows of sequence b; the labels
     are left to the other terms. Costs a second run of both trunks; a live teacher alone can answer. Depends on the
-    micro-batch, of whose neighbours x' is made. Source: MixKD (2011.00593, ICLR 2021) [R], there on texts of a class.
+    micro-batch, of whose neighbours x' is made; in one of a single sequence x' is that sequence. Source: MixKD
+    (2011.00593, ICLR 2021) [R], there on texts of a class.
     """
     student, teacher = seen.student, seen.live
     assert student.inside.mixed_ND is not None and teacher.inside.mixed_ND is not None, "needs `mixed`"

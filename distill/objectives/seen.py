@@ -189,6 +189,15 @@ def log_probabilities(hidden_CD: Tensor, head: Head | Mixture, vocab_size: int) 
     return logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)).log_softmax(1)
 
 
+def label_log_probabilities(rows: Rows, labels_N: Tensor, vocab_size: int, chunk_rows: int = 0) -> Tensor:
+    """[N]: of each row's label, chunk by chunk; can be derived twice."""
+
+    def of_labels(hidden_CD: Tensor, rows_C: Tensor) -> Tensor:
+        return of_gold(log_probabilities(hidden_CD, rows.head, vocab_size), labels_N[rows_C])
+
+    return over_chunks(Seen(rows, None, labels_N, labels_N, vocab_size, chunk_rows), of_labels)
+
+
 def logits_at(hidden_CD: Tensor, head: Head, ids_CK: Tensor, ids_M: Tensor) -> tuple[Tensor, Tensor]:
     """([C, K], [C, M]): the head's logits of classes that each row chooses, and of some that all share."""
     both = [
@@ -208,6 +217,11 @@ def logits_at(hidden_CD: Tensor, head: Head, ids_CK: Tensor, ids_M: Tensor) -> t
 def kl(teacher_CK: Tensor, student_CK: Tensor) -> Tensor:
     """[C]: KL(teacher || student) of log-probabilities, nats; absent buckets add 0."""
     return (teacher_CK.exp() * (teacher_CK - student_CK)).sum(-1)
+
+
+def entropy(log_p_CK: Tensor) -> Tensor:
+    """[C]: nats; absent buckets add 0."""
+    return -(log_p_CK.exp() * log_p_CK).sum(-1)
 
 
 def renormalised(log_p_CK: Tensor) -> Tensor:

@@ -19,8 +19,10 @@ from distill.objectives import (
     decoupled,
     double,
     gating,
+    input_gradients,
     layers,
     mixed,
+    preferences,
     relations,
 )
 
@@ -45,9 +47,11 @@ class Term(NamedTuple):
     """A sum over rows, and what it asks for.
 
     function: (Seen, **settings) -> 0-d tensor, a sum over the counted rows. help: one line, with the source.
-    needs: `layers`, `attentions` or a `mixed` run of both models, or `words`, how frequent each token is. stored:
-    whether targets that were stored with the label's probability and the rest's can serve it. learns: makes what is
-    learnt beside the student, of (width of the student, of the teacher).
+    needs: `layers`, `attentions`, `gradients` by the inputs or a `mixed` run of both models, a `reference`, which the
+    student was, or `words`, how frequent each token is. stored: whether targets that were stored with the label's
+    probability and the rest's can serve it. learns: makes what is learnt beside the student, of (width of the student,
+    of the teacher). heads: how often a counted row meets the (student's, teacher's) last layer for it, backward passes
+    and what they make again included; trunks: such passes of the (student's, teacher's) trunk beyond the usual ones, about.
     """
 
     function: Callable[..., Tensor]
@@ -55,7 +59,11 @@ class Term(NamedTuple):
     needs: tuple[str, ...] = ()
     stored: bool = False
     learns: Callable[[int, int], nn.Module] | None = None
+    heads: tuple[int, int] = (4, 2)
+    trunks: tuple[int, int] = (0, 0)
 
+
+NO_LOGITS = (0, 0)
 
 TERMS: dict[str, Term] = {
     "atkd": Term(
@@ -68,8 +76,17 @@ TERMS: dict[str, Term] = {
     ),
     "pearson": Term(correlation.pearson, "correlation of log-probabilities (CMKD, 2410.06561)", stored=True),
     "spearman": Term(correlation.spearman, "correlation of soft ranks (CMKD, 2410.06561) [R]", stored=True),
-    "clkd": Term(correlation.clkd, "rows, columns and correlation of classes (CLKD, 2211.14773) [R]"),
+    "cmkd": Term(correlation.cmkd, "both, by the teacher's entropy (CMKD, 2410.06561) [R]", stored=True),
+    "clkd": Term(
+        correlation.clkd, "rows, columns and correlation of classes (CLKD, 2211.14773) [R]", heads=(4, 3)
+    ),
     "gate": Term(gating.gate, "token level where simple, best guess elsewhere (2404.14827)", stored=True),
+    "gate_learned": Term(
+        gating.gate_learned,
+        "the same, by a gate that is learned (2404.14827) [R]",
+        stored=True,
+        learns=gating.Gate,
+    ),
     "ada_alpha": Term(
         gating.ada_alpha,
         "labels or teacher by word frequency (AdaAlpha, TMLR 2022) [R]",
@@ -86,44 +103,78 @@ TERMS: dict[str, Term] = {
         cross_head.cross_head,
         "the teacher's head on the student's states (SRD, IJCV 2024)",
         learns=layers.projection,
+        heads=(0, 5),
     ),
     "ckd": Term(comparative.ckd, "differences between rows (CKD, WACV 2025)", stored=True),
     "ckd_hidden": Term(
         comparative.ckd_hidden,
         "the same of hidden states, squared (CKD, WACV 2025)",
         learns=layers.projection,
+        heads=NO_LOGITS,
     ),
     "double": Term(double.double, "double distillation (Menon et al., ICML 2021) [R]", stored=True),
     "double_pairs": Term(
         double.double_pairs, "the same, pair by pair (Menon et al., ICML 2021) [R]", stored=True
     ),
     "double_sampled": Term(
-        double.double_sampled, "the same, on teacher-guided and drawn negatives (ICML 2021) [R]", stored=True
+        double.double_sampled,
+        "the same, on teacher-guided and drawn negatives (ICML 2021) [R]",
+        stored=True,
+        heads=(0, 2),
     ),
     "hidden_cosine": Term(
         layers.hidden_cosine,
         "last hidden states (DistilBERT, 1910.01108)",
         ("layers",),
         learns=layers.projection_if_needed,
+        heads=NO_LOGITS,
     ),
     "hidden_square": Term(
         layers.hidden_square,
         "all hidden states (HomoDistil, ICLR 2023)",
         ("layers",),
         learns=layers.projection,
+        heads=NO_LOGITS,
     ),
-    "attention_kl": Term(layers.attention_kl, "attentions (MiniLM, 2002.10957)", ("attentions",)),
+    "attention_kl": Term(
+        layers.attention_kl, "attentions (MiniLM, 2002.10957)", ("attentions",), heads=NO_LOGITS
+    ),
     "curriculum": Term(
-        layers.curriculum, "random projections of layers, shallow to deep (2503.17494)", ("layers",)
+        layers.curriculum,
+        "random projections of layers, shallow to deep (2503.17494)",
+        ("layers",),
+        heads=NO_LOGITS,
     ),
     "dpk": Term(
-        layers.dpk, "dynamic prior knowledge (DPK, ICLR 2023)", ("layers",), learns=layers.PriorPredictor
+        layers.dpk,
+        "dynamic prior knowledge (DPK, ICLR 2023)",
+        ("layers",),
+        learns=layers.PriorPredictor,
+        heads=NO_LOGITS,
     ),
-    "relations": Term(relations.relations, "similarities among rows (ReFilled, 2205.01915)"),
+    "relations": Term(relations.relations, "similarities among rows (ReFilled, 2205.01915)", heads=NO_LOGITS),
     "contrastive": Term(
-        relations.contrastive, "each row its teacher's among all (2407.11802)", learns=relations.Aligner
+        relations.contrastive,
+        "each row its teacher's among all (2407.11802)",
+        learns=relations.Aligner,
+        heads=NO_LOGITS,
     ),
-    "mixkd": Term(mixed.mixkd, "KL on mixtures of two sequences (MixKD, ICLR 2021) [R]", ("mixed",)),
+    "mixkd": Term(
+        mixed.mixkd, "KL on mixtures of two sequences (MixKD, ICLR 2021) [R]", ("mixed",), trunks=(3, 1)
+    ),
+    "kdiga": Term(
+        input_gradients.kdiga,
+        "gradients by the inputs, squared (KDIGA, 2110.12072)",
+        ("gradients",),
+        heads=(8, 3),
+        trunks=(3, 1),
+    ),
+    "preference": Term(
+        preferences.preference,
+        "warm-up on corrected texts (Warmup-Distill, 2502.11766)",
+        ("reference",),
+        heads=(4, 0),
+    ),
 }
 
 
@@ -172,7 +223,7 @@ def check_terms(config: ObjectiveConfig, vocab_size: int, gives: Gives = "all", 
                 f"objective.weights.{name} needs more of the teacher than there is, as {why}: use one live teacher, or choose "
                 f"among {served}"
             )
-    if config.speculate_from < 1 and config.speculate_top_k > vocab_size:
+    if (config.speculate_from < 1 or "preference" in config.weights) and config.speculate_top_k > vocab_size:
         problems.append(
             f"objective.speculate_top_k is {config.speculate_top_k}, but the vocabulary has {vocab_size}: set it to less"
         )

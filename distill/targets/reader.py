@@ -67,6 +67,10 @@ class TargetReader:
     def _first_missing(self, first: int, after: int) -> Range | None:
         return next((r for r in self.header.ranges(first, after) if r.first not in self._entries), None)
 
+    def size_of(self, place: Range) -> int:
+        """Bytes of a finished shard."""
+        return (self.folder / place.name).stat().st_size
+
     def refuse_damaged(self, first: int, after: int) -> None:
         """Raises BadTargets for a finished shard of these samples that is not there in its size."""
         for place in self.header.ranges(first, after):
