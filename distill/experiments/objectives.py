@@ -49,7 +49,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "pearson": {"hard": 1, "pearson": 1},
     "spearman": {"hard": 1, "spearman": 1},
     "clkd": {"hard": 1, "clkd": 1},
+    "cmkd": {"hard": 1, "cmkd": 1},
     "gate": {"gate": 1},
+    "gate_learned": {"gate_learned": 1},
     "ada_alpha": {"ada_alpha": 1},
     "ada_margin": {"ada_margin": 1},
     "excess_loss": {"excess_loss": 1},
@@ -67,6 +69,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "relations": {"forward_kl": 0.9, "relations": 0.1},
     "contrastive": {"forward_kl": 0.9, "contrastive": 0.1},
     "mixkd": {"forward_kl": 0.5, "mixkd": 0.5},
+    "kdiga": {"forward_kl": 0.9, "kdiga": 0.1},
 }
 COLUMNS = {
     "hard": "validation loss",
