@@ -217,7 +217,7 @@ def test_a_short_r5_shows_the_rise_of_the_ngrams_and_students_between_frequencie
     options = ("--out", str(tmp_path), "--seeds", "0", "1", "--workers", "1", "--budget", "150")
     quick = ("log.eval_samples=512", "log.eval_every=50")
     subprocess.run(
-        [sys.executable, "-m", "distill.experiments.pcfg", "steps=300", "save.trajectory_every=100", *quick, *options],
+        [sys.executable, "-m", "distill.experiments.pcfg", "steps=300", "save.trajectory_every=25", *quick, *options],
         check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     found = json.loads((tmp_path / "results.json").read_text())
