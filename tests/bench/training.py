@@ -1,8 +1,8 @@
 """What the loop costs around the arithmetic: its step, a second rank, saving, resuming. On CPU.
 
-    python tests/bench/training.py [--json] [--steps 40] [--repeats 3]
+    python tests/bench/training.py [--json] [--steps 20] [--repeats 3]
 
-A BERT of 3.3 M parameters learns from a teacher of the same size, 64 sequences of 32 tokens a step, in fp32; where there is a
+A BERT of 3.3 M parameters learns from a teacher of the same size, 128 sequences of 32 tokens a step, in fp32; where there is a
 GPU, `loop` and `save` are of a BERT-base, 2048 sequences a step, in bf16, and the rest is left out.
 `loop`: a step of the loop (data, teacher, DeepSpeed, accounting, a row of metrics) next to the same forwards, backward, clipping
 and AdamW in plain torch on a batch in memory, alternating in one run; medians. `ranks`: tokens a second of two ranks, each on a
@@ -49,7 +49,7 @@ from distill.trajectory.store import open_store  # noqa: E402
 CSV = Path(__file__).with_suffix(".csv")
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
 SHAPE |= {"max_position_embeddings": tiny.LENGTH}
-BATCH = 64
+BATCH = 128
 ON_GPU = torch.cuda.is_available()
 if ON_GPU:
     SHAPE |= {
@@ -289,7 +289,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--csv", type=Path, default=CSV, help="where a row is appended")
     arguments = parser.parse_args()
