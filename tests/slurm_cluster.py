@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "setpriv")
 # FirstJobId: ranks meet at a port that follows from it, which two clusters on a machine must not share.
 # cred_expire: a requeued job waits as long (120 s without, and without a word if below 5).
@@ -96,8 +97,9 @@ class Cluster:
 
     def __init__(self, folder: Path, num_nodes: int) -> None:
         self.folder, self.names = folder.resolve(), [f"n{i + 1}" for i in range(num_nodes)]
-        # A rank needs LD_LIBRARY_PATH and the like as little as it needs the launcher variables of a test run.
-        self.environ = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        # Without the launcher variables that a run in this very process has left.
+        kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+        self.environ = {**kept, "SLURM_CONF": str(self.folder / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Cluster:

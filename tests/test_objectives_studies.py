@@ -47,7 +47,7 @@ QUICK = [
 
 def test_every_objective_has_an_arm_and_every_arm_holds(tmp_path: Path) -> None:
     named = {name for weights in objectives.ARMS.values() for name in weights}
-    assert named == set(OBJECTIVES)
+    assert named == set(OBJECTIVES) - {"preference"}  # goes on from a trained student, which these are not
     for weights in objectives.ARMS.values():
         made = objectives.student_config(tmp_path, tmp_path / "run", weights, [])
         assert made.objective.weights == weights

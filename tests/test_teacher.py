@@ -176,6 +176,9 @@ class AlwaysRight:
 
     def __init__(self, *_: Any) -> None: ...
 
+    def await_next(self, *_: Any) -> bool:
+        return True
+
     def follow(self, *_: Any) -> float:
         return 0.0
 
