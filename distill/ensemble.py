@@ -13,12 +13,10 @@ from distill.data import Batch
 from distill.distributed import World
 from distill.head import Mixture, Pooled
 from distill.models import Rows, Work
-from distill.objectives.seen import log_probabilities, of_gold
+from distill.objectives.seen import label_log_probabilities
 from distill.schedule import Schedule, together
 from distill.teacher import Teacher
 from distill.trajectory.manifest import Manifest
-
-_CHUNK_ROWS = 512  # rows whose logits are alive at once
 
 
 class Ensemble:
@@ -90,17 +88,7 @@ def pooled(members: Sequence[Rows], labels_N: Tensor, pool: str, vocab_size: int
     hidden = [rows.hidden_ND for rows in members]
     weights_NM = hidden[0].new_zeros(len(labels_N), len(members))
     if pool == "gold":
-        gold = [gold_log_probs(rows, labels_N, vocab_size) for rows in members]
+        gold = [label_log_probabilities(rows, labels_N, vocab_size) for rows in members]
         weights_NM = torch.stack(gold, 1).log_softmax(1).to(hidden[0].dtype)
     heads = tuple(rows.head for rows in members)
     return Pooled(torch.cat([*hidden, weights_NM], 1), Mixture(heads, vocab_size, pool == "log_probs"))
-
-
-def gold_log_probs(rows: Rows, labels_N: Tensor, vocab_size: int) -> Tensor:
-    """float32 [N]: log-probability of each row's label."""
-    parts = []
-    for hidden_CD, labels_C in zip(
-        rows.hidden_ND.split(_CHUNK_ROWS), labels_N.split(_CHUNK_ROWS), strict=True
-    ):
-        parts.append(of_gold(log_probabilities(hidden_CD, rows.head, vocab_size), labels_C))
-    return torch.cat(parts)

@@ -96,18 +96,12 @@ def teacher_memory(
     """
     if model is None:
         return 0
-    numbers = num_parameters(model)
     if stage == 0:
-        return BYTES[dtype] * numbers
-    trunk = num_parameters(model.base_model)
-    in_trunk = set(model.base_model.parameters())
-    outside = {
-        *model.get_output_embeddings().parameters(),
-        *(p for p in model.parameters() if p not in in_trunk),
-    }
-    head = sum(p.numel() for p in outside)
-    gathered = min(trunk, PREFETCHED + max(p.numel() for p in model.parameters()))
-    return BYTES[dtype] * (head + gathered + (0 if offload else -(-trunk // ranks)))
+        return BYTES[dtype] * num_parameters(model)
+    head, part = _dealt(model, ranks)
+    largest = max(p.numel() for p in model.parameters())
+    gathered = min(num_parameters(model.base_model), PREFETCHED + largest)
+    return BYTES[dtype] * (head + gathered + (0 if offload else part))
 
 
 def next_teacher_memory(
@@ -116,11 +110,20 @@ def next_teacher_memory(
     """What a rank's teacher takes of the host: the next checkpoint, waiting; offload: the trunk that teaches, too."""
     if model is None:
         return 0
-    numbers, trunk = num_parameters(model), num_parameters(model.base_model)
     if stage == 0:
-        return BYTES[dtype] * numbers
-    part = -(-trunk // ranks)
-    return BYTES[dtype] * (numbers - trunk + part + (part if offload else 0))
+        return BYTES[dtype] * num_parameters(model)
+    head, part = _dealt(model, ranks)
+    return BYTES[dtype] * (head + part + (part if offload else 0))
+
+
+def _dealt(model: PreTrainedModel, ranks: int) -> tuple[int, int]:
+    """(numbers of the head, whole on every rank, also where it is tied to the trunk; of a rank's part of the trunk)."""
+    trunk = set(model.base_model.parameters())
+    head = {
+        *model.get_output_embeddings().parameters(),
+        *(p for p in model.parameters() if p not in trunk),
+    }
+    return sum(p.numel() for p in head), -(-num_parameters(model.base_model) // ranks)
 
 
 def activation_memory(

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from distill.data import Batch
+from distill.head import Head
 from distill.models import Rows, counted_rows, head_of
 from distill.objectives.seen import label_log_probabilities
 
@@ -106,12 +107,18 @@ def _corrected(judge: Rows, labels_N: Tensor, kept: int, vocab_size: int, pad_id
     for hidden_CD, labels_C in zip(
         judge.hidden_ND.split(CHUNK_ROWS), labels_N.split(CHUNK_ROWS), strict=True
     ):
-        logits_CV = judge.head(hidden_CD)[:, :vocab_size].float()
-        logits_CV[:, pad_id] = -torch.inf
+        logits_CV = _sayable(judge.head, hidden_CD, vocab_size, pad_id)
         top_Ck = logits_CV.topk(kept, dim=1).indices
         is_fine_C = (top_Ck == labels_C[:, None]).any(1)
         found.append(torch.where(is_fine_C, labels_C, top_Ck[:, 0]))
     return torch.cat(found)
+
+
+def _sayable(head: Head, hidden_ND: Tensor, vocab_size: int, pad_id: int) -> Tensor:
+    """Logits [N, V] in float32, padding at -inf."""
+    logits_NV = head(hidden_ND)[:, :vocab_size].float()
+    logits_NV[:, pad_id] = -torch.inf
+    return logits_NV
 
 
 @contextmanager
@@ -133,8 +140,6 @@ class _Speaker:
         self.cache = DynamicCache(config=model.config)
 
     def say(self, fresh_BT: Tensor) -> Tensor:
-        """Logits [B, V] of the word after `fresh_BT`, which come after all told before; float32, padding at -inf."""
+        """`_sayable` [B, V] of the word after `fresh_BT`, which come after all told before."""
         output = self.model.base_model(input_ids=fresh_BT, past_key_values=self.cache, use_cache=True)
-        logits_BV = head_of(self.model)(output.last_hidden_state[:, -1])[:, : self.vocab_size].float()
-        logits_BV[:, self.pad_id] = -torch.inf
-        return logits_BV
+        return _sayable(head_of(self.model), output.last_hidden_state[:, -1], self.vocab_size, self.pad_id)

@@ -26,14 +26,14 @@ END
 }
 
 on_all_ranks() { # COMMAND...: `distill COMMAND` on every rank, told of what SLURM sends. Sets code
+  if [ "$again$cancelled" != 00 ]; then # told before there was anything to save
+    [ "$cancelled" = 1 ] && code=143 || code=138
+    return
+  fi
   local layout=()
   if [ "$ranks_per_node" -gt 1 ]; then
     layout=(--ntasks-per-node="$ranks_per_node" --ntasks=$((ranks_per_node * SLURM_JOB_NUM_NODES)) --overcommit)
     export SRUN_CPUS_PER_TASK=$(((${SLURM_CPUS_PER_TASK:-1} + ranks_per_node - 1) / ranks_per_node))
-  fi
-  if [ "$again$cancelled" != 00 ]; then # told before there was anything to save
-    [ "$cancelled" = 1 ] && code=143 || code=138
-    return
   fi
   # When a rank has died its peers see it and say so; those that only wait for it are killed after --wait seconds.
   srun "${layout[@]}" --label --kill-on-bad-exit=0 --wait=45 python -m distill "$@" &

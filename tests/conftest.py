@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 from storage import BUCKET, Seaweed
-from tiny import distill, settings, write_text_shards
+from tiny import distill, ragged_text, settings, write_text_shards
 
 # A slow machine is no failure, and a failure must come back: no deadlines, no chance.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
@@ -30,6 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny shards with something to learn; never written to."""
     return write_text_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="session")
+def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of sequences that count unequally; never written to."""
+    return write_text_shards(tmp_path_factory.mktemp("ragged") / "shards", make=ragged_text)
 
 
 @pytest.fixture(scope="session")

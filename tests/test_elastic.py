@@ -26,11 +26,9 @@ from tiny import (
     config,
     distill,
     distill_on_ranks,
-    ragged_text,
     rows,
     settings,
     split_every_weight,
-    write_text_shards,
 )
 
 from distill import engine as engine_module
@@ -60,11 +58,6 @@ LEGS = {
     "both, and weights that 3 ranks can't divide": [(2, 2, 0), (3, 2, 3), (1, 4, 1), (2, 0, 3)],
     "micro-batches": [(1, 2, 1), (1, 12, 1), (2, 1, 1), (2, 6, 1)],
 }
-
-
-@pytest.fixture(scope="module")
-def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_shards(tmp_path_factory.mktemp("ragged") / "shards", make=ragged_text)
 
 
 @pytest.fixture

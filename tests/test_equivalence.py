@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import config, distill, distill_on_ranks, ragged_text, rows, settings, write_text_shards
+from tiny import config, distill, distill_on_ranks, rows, settings
 
 from distill.data import Samples, train_batches
 
@@ -32,11 +32,6 @@ LAYOUTS = {
 }
 SLOW = {f"ZeRO {stage}, {ranks} rank(s), accumulated" for stage in range(4) for ranks in (1, 4)}
 SLOW -= {"ZeRO 3, 4 rank(s), accumulated"}
-
-
-@pytest.fixture(scope="module")
-def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_shards(tmp_path_factory.mktemp("ragged") / "shards", make=ragged_text)
 
 
 def run(

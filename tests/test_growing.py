@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Kill, Started, assert_same_run, distill, free_port, rows, settings
+from tiny import Kill, Started, assert_same_run, distill, rank_environs, rows, settings
 
 from distill.trajectory.audit.listing import Finding
 from distill.trajectory.audit.verdicts import BAD, Audit, Verdict, store_audit
@@ -118,10 +118,8 @@ def test_two_ranks_wait_together_and_go_on_together(
     growing: GrowingTrajectory, shards: Path, tmp_path: Path
 ) -> None:
     arguments = student(shards, tmp_path / "run", growing.folder, teacher__unfinished="wait")
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
-        Started(arguments, tmp_path / f"output{r}", {**meeting, "RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(2)
+        Started(arguments, tmp_path / f"output{r}", environ) for r, environ in enumerate(rank_environs(2))
     ]
     wait_until(lambda: "waiting for teacher step 8" in ranks[0].output.read_text(), ranks[0])
     growing.add(8)

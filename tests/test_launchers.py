@@ -9,19 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from slurm_cluster import LAUNCHER
 from ssh_nodes import NODES, Unavailable, ssh_nodes
 from test_equivalence import assert_close_rows
-from tiny import ROOT, distill, free_port, ragged_text, settings, write_text_shards
+from tiny import ROOT, distill, free_port, settings
 
 pytestmark = pytest.mark.dist
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 KEYS = {"optim__eps": 1e-3, "log__every": 1}
-
-
-@pytest.fixture(scope="module")
-def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_shards(tmp_path_factory.mktemp("ragged") / "shards", make=ragged_text)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +29,7 @@ def alone(ragged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def environ() -> dict[str, str]:
     """As a shell has it, without ranks of a test run before."""
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-    kept = {k: v for k, v in os.environ.items() if k not in ranks}
+    kept = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
     return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 

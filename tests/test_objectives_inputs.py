@@ -15,11 +15,9 @@ from tiny import (
     config,
     distill,
     distill_on_ranks,
-    ragged_text,
     rows,
     settings,
     text,
-    write_text_shards,
 )
 from torch import Tensor
 
@@ -168,11 +166,6 @@ def test_bf16_is_near_float64() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ runs
-
-
-@pytest.fixture(scope="module")
-def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_shards(tmp_path_factory.mktemp("ragged") / "shards", make=ragged_text)
 
 
 def taught(teacher_run: Path, **changes: Any) -> dict[str, Any]:

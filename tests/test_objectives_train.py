@@ -16,10 +16,8 @@ from tiny import (
     config,
     distill,
     distill_on_ranks,
-    ragged_text,
     rows,
     settings,
-    write_text_shards,
 )
 
 from distill.config import TERMS as NAMES
@@ -30,11 +28,6 @@ from distill.targets.codecs import make_codec
 from distill.train import train
 
 WEIGHTS = {"forward_kl": 0.5, "hard": 0.1}
-
-
-@pytest.fixture(scope="module")
-def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_shards(tmp_path_factory.mktemp("ragged") / "shards", make=ragged_text)
 
 
 def student(teacher_run: Path, names: tuple[str, ...], **changes: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import Started, distill_on_ranks, free_port, rows, settings, weights
+from tiny import Started, distill_on_ranks, rank_environs, rows, settings, weights
 
 STUDENT = {
     "steps": 600,
@@ -32,13 +32,10 @@ def one_rank_killed(arguments: list[str], folder: Path, moments: random.Random) 
     Twice in three some time after they have got further, or twenty kills would never get anywhere; else at any time, also
     while they start or take up a checkpoint.
     """
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     number = len(list(folder.glob("killed-*"))) // 2
     ranks = [
-        Started(
-            arguments, folder / f"killed-{number}-{r}.txt", {**meeting, "RANK": str(r), "LOCAL_RANK": str(r)}
-        )
-        for r in range(2)
+        Started(arguments, folder / f"killed-{number}-{r}.txt", environ)
+        for r, environ in enumerate(rank_environs(2))
     ]
     before = saved(folder / "run")
     try:

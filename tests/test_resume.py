@@ -20,7 +20,7 @@ from tiny import (
     assert_same_run,
     distill,
     distill_on_ranks,
-    free_port,
+    rank_environs,
     rows,
     settings,
     weights,
@@ -284,15 +284,9 @@ def test_peer_of_a_rank_that_dies_ends_within_a_minute_and_says_why(
     when: str, shards: Path, tmp_path: Path
 ) -> None:
     arguments = ["train", *settings(shards, tmp_path / "run", steps=4)]
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     dying, other = [
-        Started(
-            arguments,
-            tmp_path / f"rank{rank}.txt",
-            meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            kill,
-        )
-        for rank, kill in enumerate([DEATHS[when], None])
+        Started(arguments, tmp_path / f"rank{environ['RANK']}.txt", environ, kill)
+        for environ, kill in zip(rank_environs(2), [DEATHS[when], None], strict=True)
     ]
     assert dying.wait().code == -signal.SIGKILL
     ended = other.wait(60)

@@ -28,7 +28,7 @@ from tiny import (
     Started,
     assert_same_run,
     config,
-    free_port,
+    rank_environs,
     rows,
     settings,
 )
@@ -218,11 +218,10 @@ def ranks_ended(
     arguments: list[str], folder: Path, size: int, environ: dict[str, str], patch: Any = None
 ) -> list[Ended]:
     folder.mkdir()
-    meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
-    for rank in range(size):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "DISK": str(folder / f"disk{rank}")}
-        started.append(Started(arguments, folder / f"output{rank}", {**environ, **meeting, **own}, patch))
+    for rank, own in enumerate(rank_environs(size)):
+        own = {**environ, **own, "DISK": str(folder / f"disk{rank}")}
+        started.append(Started(arguments, folder / f"output{rank}", own, patch))
     return [each.wait() for each in started]
 
 

@@ -23,12 +23,10 @@ from tiny import (
     config,
     distill,
     distill_on_ranks,
-    ragged_text,
     rows,
     settings,
     split_every_weight,
     weights,
-    write_text_shards,
 )
 from transformers import AutoModelForMaskedLM
 
@@ -46,11 +44,6 @@ pytestmark = [
 # Ranks have unequal numbers of samples to validate on, one of them a batch more.
 SHORT = {"steps": 6, "save__every": 3, "log__every": 1, "log__eval_every": 4, "log__eval_samples": 9}
 STEADY = {**SHORT, "optim__eps": 1e-3, "optim__clip": 0.05, "micro_batch_size": 2}
-
-
-@pytest.fixture(scope="module")
-def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_shards(tmp_path_factory.mktemp("ragged") / "shards", make=ragged_text)
 
 
 def overrides(architecture: str, tied: bool) -> dict[str, Any]:

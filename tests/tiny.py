@@ -272,12 +272,19 @@ def distill(arguments: list[str], folder: Path, kill: Kill | None = None) -> End
     return Started(arguments, _new_output(folder), kill=kill).wait()
 
 
+def rank_environs(size: int) -> list[dict[str, str]]:
+    """The variables of each of `size` ranks on this machine, as torchrun sets them."""
+    meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
 def distill_on_ranks(arguments: list[str], folder: Path, size: int, kill: Kill | None = None) -> list[Ended]:
     """The same on `size` ranks with the variables that torchrun sets; `kill` strikes rank 0."""
-    meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     kills = [kill] + [None] * (size - 1)
-    started = [Started(arguments, _new_output(folder), e, k) for e, k in zip(ranks, kills, strict=True)]
+    started = [
+        Started(arguments, _new_output(folder), environ, each)
+        for environ, each in zip(rank_environs(size), kills, strict=True)
+    ]
     first = started[0].wait()
     for other in started[1:]:
         if first.code < 0:  # a launcher ends the others when one dies

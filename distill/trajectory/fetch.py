@@ -80,15 +80,16 @@ class Fetcher:
 
     # -------------------------------------------------------------------------------------------- on leaders
 
-    def _verify(self, step: int, folder: Path, key: str) -> None:
-        if key not in self._verified:
-            verify(self.manifest, self.manifest.checkpoints[step], folder)
-            self._verified.add(key)
+    def _verify(self, step: int, folder: Path, key: str) -> int:
+        """Unless that was done. Bytes that were read for it."""
+        if key in self._verified:
+            return 0
+        verify(self.manifest, self.manifest.checkpoints[step], folder)
+        self._verified.add(key)
+        return self.manifest.checkpoints[step].num_bytes
 
     def _verify_in_place(self, step: int, folder: Path, key: str) -> None:
-        if key not in self._verified:
-            self.bytes_read += self.manifest.checkpoints[step].num_bytes
-        self._verify(step, folder, key)
+        self.bytes_read += self._verify(step, folder, key)
 
     def _held(self, step: int, store: Store, key: str, upcoming: Sequence[str]) -> Held:
         """The cache entry, fetched if any node lacks it. All leaders."""

@@ -55,10 +55,9 @@ class CheckpointStream:
         upcoming: the steps needed afterwards, in order.
         """
         if self._pending is None or self._pending[0] != step:
-            before, staged = self._pending, Future[None]()
-            self._pending = (step, staged)
+            self._pending = (step, Future[None]())
             # A daemon: a rank that has to leave must not wait for what another one fetches.
-            work = (step, upcoming, before and before[1], staged)
+            work = (*self._pending, upcoming, self._thread)
             self._thread = threading.Thread(target=self._stage, args=work, name="next-teacher", daemon=True)
             self._thread.start()
 
@@ -95,11 +94,11 @@ class CheckpointStream:
             self._thread.join(LEAVE_SECONDS)
 
     def _stage(
-        self, step: int, upcoming: Sequence[int], before: Future[None] | None, staged: Future[None]
+        self, step: int, staged: Future[None], upcoming: Sequence[int], before: threading.Thread | None
     ) -> None:
         try:
             if before:
-                wait([before])
+                before.join()
             with self.fetcher.at_hand(step, upcoming) as folder:
                 self.fetcher.nodes.all.together(lambda: self._read(step, folder))
         except BaseException as fault:  # for `swap_in` to raise

@@ -179,19 +179,13 @@ def measure_loop(shards: Path, teacher: Path, folder: Path, steps: int) -> dict[
 def started(arguments: list[str], ranks: int = 1, core: int = 0) -> Iterator[list[subprocess.Popen[bytes]]]:
     """`distill ARGUMENTS` on that many ranks, each on a core of its own. What still runs is killed in the end."""
     environ = {**os.environ, "PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    if ranks > 1:
-        environ |= {
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(tiny.free_port()),
-        }
+    of_rank = tiny.rank_environs(ranks) if ranks > 1 else [{}]
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(ranks):
             command = ["taskset", "-c", str(core + rank), sys.executable, "-m", "distill", *arguments]
-            of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            processes.append(subprocess.Popen(command, env=environ | of_rank, **silent))
+            processes.append(subprocess.Popen(command, env=environ | of_rank[rank], **silent))
         yield processes
     finally:
         for process in processes:

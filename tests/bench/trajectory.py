@@ -97,10 +97,9 @@ def measure_swaps(server: Seaweed, folder: Path, steps_a_stage: int = 6) -> dict
 
 
 def measure_nodes(server: Seaweed, folder: Path, arguments: list[str]) -> dict[str, Any]:
-    meeting = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(tiny.free_port())}
     ranks = [
-        {**server.environ, **meeting, "RANK": str(r), "LOCAL_RANK": str(r), "DISK": str(folder / f"disk{r}")}
-        for r in range(4)
+        {**server.environ, **own, "DISK": str(folder / f"disk{r}")}
+        for r, own in enumerate(tiny.rank_environs(4))
     ]
     started = [tiny.Started(arguments, folder / f"four{r}", environ) for r, environ in enumerate(ranks)]
     said = [s.wait(1800).ok().output for s in started]
