@@ -185,6 +185,30 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._tokenizer.decode([int(number) for number in ids]))
 
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """(ids, ends): of each token, how many characters of `text` it reaches to."""
+        cuts = [0, *(match.start() + 1 for match in self._spelled.finditer(text)), len(text)]
+        ids, ends = [], []
+        for start, end in pairwise(cuts):
+            found = self._tokenizer.encode(text[start:end], add_special_tokens=False)
+            ids += found.ids
+            ends += [start + after for _, after in found.offsets]
+        return ids, ends
+
+    def decode_with_ends(self, ids: Iterable[int]) -> tuple[str, list[int | None]]:
+        """(text, ends): how many characters of it each token reaches to, None where it ends within a character."""
+        stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
+        parts: list[str] = []
+        ends: list[int | None] = []
+        length = 0
+        for number in ids:
+            part = stream.step(self._tokenizer, int(number))
+            if part is not None:
+                parts.append(part)
+                length += len(part)
+            ends.append(None if part is None else length)
+        return "".join(parts), ends
+
     def _encode_slice(self, text: str) -> np.ndarray:
         ids = self._ids(text)
         if not np.isin(ids, self._control).any():

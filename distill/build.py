@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -35,6 +36,7 @@ from distill.objectives import Objective, weights_at
 from distill.objectives.terms import Gives, check_terms, learned_modules, needs_of
 from distill.pretrained import load_model, pick_layers
 from distill.probes.quality import word_buckets
+from distill.retokenize import Retokenizer
 from distill.run_folder import Scheduled, read_schedule, store_schedule
 from distill.schedule import Schedule, follow_student, make_schedule, together
 from distill.signals import Cancelled, Stopped, stop_signal
@@ -156,7 +158,7 @@ Taught = tuple[Schedule | None, AnyTeacher | None, Scheduled | None, Growing | S
 def build_run(config: Config, world: World, folder: Path) -> Run:
     """Build every part of the run in `folder`. Raises ValueError (and its kinds) for what can't be trained on."""
     quiet_transformers()
-    samples = Samples(config.data, "train", config.seed, shuffle=True)
+    samples = train_samples(config)
     micro, accumulation = layout(config, world)
     needs = needs_of(config.objective.weights)
     schedule, teacher, trajectory, growing = make_teacher(config, world, folder, samples)
@@ -193,6 +195,29 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
         publisher,
         starting_model(config, samples, world) if "reference" in needs else None,
     )
+
+
+def train_samples(config: Config) -> Samples:
+    """What the run trains on; beside it the same texts for its teacher, where that has another tokenizer.
+
+    Raises:
+        ValueError: that tokenizer is not one, or cuts the texts nowhere as the shards' does.
+    """
+    samples = Samples(config.data, "train", config.seed, shuffle=True)
+    if config.teacher.tokenizer:
+        samples.retokenizer = Retokenizer(
+            Path(config.data.shards), samples.tokenizer, Path(config.teacher.tokenizer)
+        )
+        first = samples[np.arange(min(len(samples), 16))]
+        assert first.retold is not None
+        share = len(first.retold.rows_M) / max(len(first.rows_N), 1)
+        if not share:
+            raise ValueError(
+                f"teacher.tokenizer={config.teacher.tokenizer}: in {len(first.rows_N)} tokens none ends where one of "
+                f"{config.data.shards} does: is it a tokenizer for such text?"
+            )
+        log.info("of the tokens that count %.0f %% end where one of the teacher's does", 100 * share)
+    return samples
 
 
 def beside_student(
@@ -237,7 +262,8 @@ def make_teacher(config: Config, world: World, folder: Path, samples: Samples) -
         trajectory, teaching if size == 1 else {s for step in teaching for s in together(step, known, size)}
     )
     kind = Teacher if size == 1 else Ensemble
-    teacher = kind(trajectory, config, samples.tokenizer, samples.sequence_length, world)
+    spoken = samples.retokenizer.info if samples.retokenizer else samples.tokenizer
+    teacher = kind(trajectory, config, spoken, samples.sequence_length, world)
     growing = Growing(trajectory, config.teacher.unfinished, folder, world) if schedule.unsettled else None
     return schedule, teacher, trajectory, growing
 

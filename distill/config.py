@@ -22,6 +22,7 @@ TERMS = (
 )  # fmt: skip
 # Any number of them; `distill.objectives.terms` holds their functions
 OBJECTIVES = (*FUSED, *TERMS)
+ANY_TOKENIZER = ("ckd_hidden", "relations", "contrastive")  # on hidden states of rows alone: no word enters
 PRUNED = ("ffn", "heads")  # `distill.units` knows where they are
 
 
@@ -86,6 +87,11 @@ class TeacherConfig:
         "",
         "folder of stored targets (see `distill score`) that teach in place of the model; a trajectory that is set too is "
         "only held against them",
+    )
+    tokenizer: str = _opt(
+        "",
+        "folder of the teacher's tokenizer (`python -m data_prep tokenizer --from`) where it is not that of the shards; then "
+        "hidden states are compared where tokens of both end together; empty: the shards' own",
     )
     dtype: str = _opt("bf16", "dtype of the frozen teacher's weights", ("bf16", "fp32"))
     zero_stage: int = _opt(

@@ -7,6 +7,7 @@ import itertools
 import math
 
 from distill.config import (
+    ANY_TOKENIZER,
     FUSED,
     OBJECTIVES,
     PRUNED,
@@ -189,6 +190,7 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             "objective.weights.kdiga derives by the inputs, the student's twice, for which weights must be whole and code "
             "not compiled: set engine.zero_stage to 2 or less, teacher.zero_stage=0 and engine.compile=false",
         ),
+        *_tokenizer_rules(c),
         *_speculation_rules(c),
         *_pruning_rules(c),
         *_warm_up_rules(c),
@@ -262,6 +264,32 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             )
             for key in ("save.trajectory_first", "save.trajectory_drop_every", "save.trajectory_to")
         ],
+    ]
+
+
+def _tokenizer_rules(c: Config) -> list[tuple[bool, str]]:
+    if not c.teacher.tokenizer:
+        return []
+    name = "teacher.tokenizer is set"
+    unserved = [name for name in c.objective.weights if name not in (*ANY_TOKENIZER, "hard")]
+    return [
+        (
+            bool(c.teacher.trajectory) and not c.teacher.targets and c.teacher.ensemble == 1,
+            f"{name}: that needs one live teacher: set teacher.trajectory, leave out teacher.targets and teacher.ensemble",
+        ),
+        (
+            c.data.task == "clm",
+            f"{name}: only what has been read so far can be compared across tokenizers: it needs data.task=clm",
+        ),
+        (
+            c.objective.speculate_from >= 1,
+            f"{name}: the student's words mean nothing to the teacher: leave out objective.speculate_from",
+        ),
+        (
+            not unserved,
+            f"{name}: objective.weights names {' and '.join(unserved)}, which needs a common vocabulary: choose among "
+            f"{', '.join(ANY_TOKENIZER)} and hard, or a student with the teacher's tokenizer",
+        ),
     ]
 
 

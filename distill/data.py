@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +21,22 @@ from data_prep.spans import SpanReader, heights_of
 from distill.config import DataConfig
 from distill.kernels import IGNORED_LABEL as IGNORE
 from distill.models import Inputs
+from distill.retokenize import Retokenizer
 from distill.sample_order import GOLDEN, Ints, keys_of, mix, sample_ids
 from distill.targets.reader import TargetReader, Targets
 from distill.targets.sparse import SparseTargets
+
+
+class Retold(NamedTuple):
+    """A micro-batch for a teacher with another tokenizer.
+
+    rows_M: int64, into its flattened positions, of the tokens that end where one of the N counted rows does; matches_M:
+    int64, which of these.
+    """
+
+    inputs: Inputs
+    rows_M: Tensor
+    matches_M: Tensor
 
 
 @dataclass
@@ -40,6 +53,7 @@ class Batch:
     sample_ids: Ints
     targets: Targets | None = None  # of the rows that count, where a teacher's were stored
     reference_N: Tensor | None = None  # see Inside of `models`
+    retold: Retold | None = None  # where the teacher has another tokenizer
 
     def without_rows(self) -> Batch:
         """The same inputs, of which nothing counts."""
@@ -51,6 +65,7 @@ class Batch:
             sample_ids=self.sample_ids[none],
             num_tokens=0,
             targets=None,
+            retold=None,
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -65,10 +80,11 @@ class Batch:
         def each(parts: Iterable[Tensor | None]) -> Iterator[Any]:
             return (None if t is None else change(t) for t in parts)
 
-        targets = self.targets
+        targets, retold = self.targets, self.retold
         return replace(
             self,
             inputs=Inputs(*each(self.inputs)),
+            retold=Retold(Inputs(*each(retold.inputs)), *each(retold[1:])) if retold else None,
             rows_N=change(self.rows_N),
             labels_N=change(self.labels_N),
             targets=SparseTargets(*each(targets))
@@ -162,12 +178,13 @@ def attention(
 
 
 class Samples(Dataset[Batch]):
-    """Micro-batches by their positions in the stream of samples, with `targets` beside them where given."""
+    """Micro-batches by their positions in the stream of samples, with what a teacher needs or said where that is set."""
 
     def __init__(
         self, config: DataConfig, split: str, seed: int, shuffle: bool, targets: TargetReader | None = None
     ) -> None:
         self.config, self.seed, self.targets = config, seed, targets
+        self.retokenizer: Retokenizer | None = None
         self.reader = ShardReader(Path(config.shards), split)
         self.window = config.shuffle_window if shuffle else 1
         self.tokenizer = self.reader.index.tokenizer
@@ -231,7 +248,17 @@ class Samples(Dataset[Batch]):
             num_tokens,
             ids_B,
             targets,
+            retold=self._retold(tokens_BL, labels != IGNORE) if self.retokenizer else None,
         )
+
+    def _retold(self, tokens_BL: Ints, counted: Tensor) -> Retold:
+        assert self.retokenizer is not None
+        info, isolate = self.retokenizer.info, self.config.isolate_documents
+        told_BL, pairs_M2 = self.retokenizer(tokens_BL)
+        own_M, other_M = torch.from_numpy(pairs_M2).unbind(1)
+        both = counted[own_M]
+        inputs = Inputs(torch.from_numpy(told_BL), *attention(told_BL, info, True, isolate))
+        return Retold(inputs, other_M[both], (counted.cumsum(0) - 1)[own_M[both]])
 
 
 def micro_batch_positions(

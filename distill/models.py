@@ -64,7 +64,8 @@ class Inside(NamedTuple):
     layers: hidden_ND after the embeddings and after each layer. attentions: each layer's weights_NHL, row n's query
     over the L keys of its sequence, for each of H heads. mixed_ND: what the head reads of a second run, on the inputs
     of `mixed_embeddings`. words_BLD: the word embeddings that the trunk read, within the graph. Beside a teacher alone:
-    pulls_BLD, the gradient there of its loss; reference_N, float32, the labels' log-probabilities by the student as it was.
+    pulls_BLD, the gradient there of its loss; reference_N, float32, the labels' log-probabilities by the student as it was;
+    matches_M, int64, which of the student's rows its M rows stand beside, if it has another tokenizer and so rows of its own.
     """
 
     layers: tuple[Tensor, ...] = ()
@@ -73,6 +74,7 @@ class Inside(NamedTuple):
     words_BLD: Tensor | None = None
     pulls_BLD: Tensor | None = None
     reference_N: Tensor | None = None
+    matches_M: Tensor | None = None
 
 
 class Rows(NamedTuple):

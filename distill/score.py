@@ -56,6 +56,10 @@ def score(
         raise ValueError(
             f"teacher.ensemble={config.teacher.ensemble}: targets are of one checkpoint a sample, leave it out"
         )
+    if config.teacher.tokenizer:
+        raise ValueError(
+            "teacher.tokenizer is set: targets speak of the shards' tokens, which this teacher does not know"
+        )
     quiet_transformers()
     world = distributed.start()
     ranks = Channel(range(world.size), world.rank)

@@ -142,6 +142,9 @@ class Teacher:
 
     def signal(self, batch: Batch) -> Rows:
         """What the teacher says about this batch."""
+        if batch.retold:
+            rows = self.rows(batch.retold.inputs, batch.retold.rows_M)
+            return rows._replace(inside=rows.inside._replace(matches_M=batch.retold.matches_M))
         if "gradients" in self._needs:
             assert self.model is not None, "use() comes first"
             with torch.enable_grad():

@@ -26,6 +26,7 @@ FLOORS = {
         "models",
         "pretrained",
         "pruning",
+        "retokenize",
         "units",
         "targets",
         "files",

@@ -49,8 +49,9 @@ def ckd_hidden(seen: Seen) -> Tensor:
     squared form of comparing all pairs is centred matching, at the cost of N rows. Depends on the micro-batch
     through the mean. Source: CKD (2311.02253, WACV 2025), its extension to hidden states.
     """
-    apart_ND = seen.learned["ckd_hidden"](seen.student.hidden_ND) - seen.live.hidden_ND
-    if seen.num_rows == 0:
+    own_ND, other_ND = seen.both_hidden
+    apart_ND = seen.learned["ckd_hidden"](own_ND) - other_ND
+    if len(apart_ND) == 0:
         return apart_ND.sum()
     return (apart_ND - apart_ND.mean(0)).float().square().sum() / apart_ND.shape[1]
 

@@ -24,8 +24,7 @@ def relations(seen: Seen, *, temperature: float = 0.1) -> Tensor:
     No dimension, class or vocabulary of the two models has to agree. Source: relationship matching, ReFilled
     (2205.01915), its first stage without the search for hard tuples.
     """
-    rows = (seen.student.hidden_ND, seen.live.hidden_ND)
-    return in_blocks(lambda s, t: relation_kl(s, t, temperature), *rows)
+    return in_blocks(lambda s, t: relation_kl(s, t, temperature), *seen.both_hidden)
 
 
 def relation_kl(student_ND: Tensor, teacher_NE: Tensor, temperature: float) -> Tensor:
@@ -73,7 +72,7 @@ def contrastive(seen: Seen, *, consistency: float = 1.0) -> Tensor:
         own_NN = (teacher_NE @ unit_NE.T).detach().log_softmax(1)
         return consistency * kl(crossed_NN, own_NN).sum() - crossed_NN.diagonal().sum()
 
-    return in_blocks(of_block, *seen.learned["contrastive"](seen.student.hidden_ND, seen.live.hidden_ND))
+    return in_blocks(of_block, *seen.learned["contrastive"](*seen.both_hidden))
 
 
 def in_blocks(function: Callable[..., Tensor], *sides: Tensor) -> Tensor:

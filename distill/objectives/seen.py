@@ -61,6 +61,13 @@ class Seen:
             )
         return self.teacher
 
+    @property
+    def both_hidden(self) -> tuple[Tensor, Tensor]:
+        """[M, D] and [M, E]: what both heads read, of all N rows, or of those that a teacher of other words has too."""
+        matches_M = self.live.inside.matches_M
+        own_ND = self.student.hidden_ND
+        return own_ND if matches_M is None else own_ND[matches_M], self.live.hidden_ND
+
 
 class Buckets(NamedTuple):
     """Log-probabilities of a chunk of rows.

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distill.config import FUSED, ObjectiveConfig
+from distill.config import ANY_TOKENIZER, FUSED, ObjectiveConfig
 from distill.objectives import (
     comparative,
     correlation,
@@ -268,6 +268,7 @@ def help_text() -> str:
     lines = [
         "objective.weights={NAME: WEIGHT, ...}: one of the first four, hard, and any number of the others.",
         "stored: stored targets with the label's probability and the rest's serve it too. live: it needs a live teacher.",
+        "any tokenizer: the teacher's may be another than the shards' (teacher.tokenizer).",
         "(key=default) can be set: objective.settings={NAME: {key: value}}. objective.temperature is of the first four alone.",
         "",
         "  forward_kl       KL(teacher || student), fused with hard (Hinton et al. 2015)   [live, stored]",
@@ -278,7 +279,8 @@ def help_text() -> str:
     ]
     for name, term in TERMS.items():
         settings = ", ".join(f"{key}={value}" for key, value in settings_of(term.function).items())
-        needs = ", ".join(["live, stored" if term.stored else "live", *term.needs])
+        any_tokenizer = ["any tokenizer"] if name in ANY_TOKENIZER else []
+        needs = ", ".join(["live, stored" if term.stored else "live", *term.needs, *any_tokenizer])
         learns = ", learns a module" if term.learns else ""
         lines.append(f"  {name:<16} {term.help}   [{needs}{learns}]" + (f" ({settings})" if settings else ""))
     return "\n".join(lines)
