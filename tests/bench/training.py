@@ -1,6 +1,6 @@
 """What the loop costs around the arithmetic: its step, a second rank, saving, resuming. On CPU.
 
-    python tests/bench/training.py [--json] [--steps 20] [--repeats 3]
+    python tests/bench/training.py [--json] [--steps 20] [--repeats 6]
 
 A BERT of 3.3 M parameters learns from a teacher of the same size, 128 sequences of 32 tokens a step, in fp32; where there is a
 GPU, `loop` and `save` are of a BERT-base, 2048 sequences a step, in bf16, and the rest is left out.
@@ -284,7 +284,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--csv", type=Path, default=CSV, help="where a row is appended")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs that are under way
