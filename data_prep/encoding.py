@@ -30,6 +30,14 @@ _REMEMBERED_CHARS = 32
 _GROUP_CHARS = 1 << 22
 
 
+_CHARACTER_BYTES = 4  # at most, in UTF-8
+_CONTINUING_BYTES = [f"<0x{byte:02X}>" for byte in range(0x80, 0xC0)]
+
+
+class SpellsControl(ValueError):
+    """A tokenizer gives a control token for ordinary text."""
+
+
 class Tokenizer(Protocol):
     """Ids are arrays of `info.dtype`, without bos and eos."""
 
@@ -171,8 +179,13 @@ class HuggingFaceTokenizer:
         self._dtype = np.dtype(info.dtype)
         special = {info.pad_id, info.bos_id, info.eos_id, info.mask_id} - {None, info.unk_id}
         self._control = np.array(sorted(number for number in special if number is not None))
+        self._control_ids = frozenset(self._control.tolist())
         names = [str(self._tokenizer.id_to_token(number)) for number in self._control]
         self._spelled = re.compile("|".join(re.escape(name) for name in names))
+        self._continuing = frozenset(map(self._tokenizer.token_to_id, _CONTINUING_BYTES)) - {None}
+        self._within = self._tokenizer.encode(
+            "x", add_special_tokens=False
+        ).ids  # of a text, not at its beginning
 
     def encode(self, text: str) -> np.ndarray:
         return np.concatenate(
@@ -185,44 +198,74 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._tokenizer.decode([int(number) for number in ids]))
 
-    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """(ids, ends): of each token, how many characters of `text` it reaches to."""
-        cuts = [0, *(match.start() + 1 for match in self._spelled.finditer(text)), len(text)]
-        ids, ends = [], []
-        for start, end in pairwise(cuts):
-            found = self._tokenizer.encode(text[start:end], add_special_tokens=False)
-            ids += found.ids
-            ends += [start + after for _, after in found.offsets]
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int | None]]:
+        """(ids, ends): how many characters of `text` have been read with each token.
+
+        None where the next token begins within them: the token has part of a character only, or part of what
+        normalisation made of it. Raises SpellsControl.
+        """
+        parts = [text]
+        found = [self._tokenizer.encode(text, add_special_tokens=False)]
+        if self._has_control(found[0].ids):
+            parts = self._cut_names(text)
+            found = [self._tokenizer.encode(part, add_special_tokens=False) for part in parts]
+        ids: list[int] = []
+        ends: list[int | None] = []
+        start = 0
+        for part, tokens in zip(parts, found, strict=True):
+            nexts = [*(begin for begin, _ in tokens.offsets[1:]), len(part)]
+            both = zip(tokens.offsets, nexts, strict=False)  # of no token there is no next one
+            ends += [start + end if end <= following else None for (_, end), following in both]
+            ids += tokens.ids
+            start += len(part)
         return ids, ends
 
     def decode_with_ends(self, ids: Iterable[int]) -> tuple[str, list[int | None]]:
-        """(text, ends): how many characters of it each token reaches to, None where it ends within a character."""
+        """(text, ends): how many characters of it each token reaches to, None where it ends within a character.
+
+        What is left of a character at the beginning, where its first bytes are missing, is left out; elsewhere bytes
+        that make no character become U+FFFD.
+        """
         stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
-        parts: list[str] = []
-        ends: list[int | None] = []
-        length = 0
-        for number in ids:
-            part = stream.step(self._tokenizer, int(number))
-            if part is not None:
-                parts.append(part)
-                length += len(part)
-            ends.append(None if part is None else length)
-        return "".join(parts), ends
+        numbers = [int(number) for number in ids]
+        first = next((i for i, number in enumerate(numbers) if number not in self._continuing), len(numbers))
+        text, waiting = "", 0
+        ends: list[int | None] = [None] * first
+        for number in numbers[first:]:
+            part = stream.step(self._tokenizer, number)
+            waiting = waiting + 1 if part is None else 0
+            text += part or ""
+            ends.append(None if part is None else len(text))
+            if waiting > _CHARACTER_BYTES:  # what never becomes one; without a new stream time is quadratic
+                text, waiting = text + "\ufffd", 0
+                stream = tokenizers.decoders.DecodeStream(self._within, False)
+        text += "\ufffd" if waiting else ""
+        half = len(text) - len(text.lstrip("\ufffd"))
+        return text[half:], [None if end is None or end <= half else end - half for end in ends]
+
+    def _has_control(self, ids: Iterable[int]) -> bool:
+        return not self._control_ids.isdisjoint(ids)
 
     def _encode_slice(self, text: str) -> np.ndarray:
         ids = self._ids(text)
         if not np.isin(ids, self._control).any():
             return ids
-        # a vocabulary lookup found the name of a control token in the text: cut those names and encode the
-        # halves
+        return np.concatenate([self._ids(part) for part in self._cut_names(text)])
+
+    def _cut_names(self, text: str) -> list[str]:
+        """A text in which a vocabulary lookup found a control token, in parts that have half of a name each.
+
+        Raises SpellsControl where that does not help.
+        """
         cuts = [0, *(match.start() + 1 for match in self._spelled.finditer(text)), len(text)]
-        ids = np.concatenate([self._ids(text[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)])
-        if np.isin(ids, self._control).any():
-            control = self._tokenizer.id_to_token(int(ids[np.isin(ids, self._control)][0]))
-            raise ValueError(
-                f"this tokenizer gives its control token {control!r} for ordinary text; use another one"
-            )
-        return ids
+        parts = [text[start:end] for start, end in pairwise(cuts)]
+        for part in parts:
+            if found := self._control_ids.intersection(self._ids(part).tolist()):
+                control = self._tokenizer.id_to_token(min(found))
+                raise SpellsControl(
+                    f"this tokenizer gives its control token {control!r} for ordinary text; use another one"
+                )
+        return parts
 
     def _ids(self, text: str) -> np.ndarray:
         # of its encoders only the batch one can leave out offsets, which saves time

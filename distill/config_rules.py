@@ -271,7 +271,7 @@ def _tokenizer_rules(c: Config) -> list[tuple[bool, str]]:
     if not c.teacher.tokenizer:
         return []
     name = "teacher.tokenizer is set"
-    unserved = [name for name in c.objective.weights if name not in (*ANY_TOKENIZER, "hard")]
+    unserved = [n for n in c.objective.weights if n in OBJECTIVES and n not in (*ANY_TOKENIZER, "hard")]
     return [
         (
             bool(c.teacher.trajectory) and not c.teacher.targets and c.teacher.ensemble == 1,

@@ -57,7 +57,7 @@ class Batch:
 
     def without_rows(self) -> Batch:
         """The same inputs, of which nothing counts."""
-        none = slice(0)
+        none, told = slice(0), self.retold
         return replace(
             self,
             rows_N=self.rows_N[none],
@@ -65,7 +65,7 @@ class Batch:
             sample_ids=self.sample_ids[none],
             num_tokens=0,
             targets=None,
-            retold=None,
+            retold=told and told._replace(rows_M=told.rows_M[none], matches_M=told.matches_M[none]),
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -205,9 +205,10 @@ class Samples(Dataset[Batch]):
 
     @property
     def fingerprint(self) -> str:
-        """Says whether two folders hold the same samples in the same order."""
+        """Says whether two folders hold the same samples in the same order, told the same to the teacher."""
         shards = self.reader.index.splits[self.reader.split].shards
-        return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
+        told = self.retokenizer.info.sha256 if self.retokenizer else ""
+        return hashlib.sha256("".join([*(shard.sha256 for shard in shards), told]).encode()).hexdigest()
 
     @property
     def question(self) -> dict[str, Any]:

@@ -299,7 +299,7 @@ def _teacher(config: Config, site: Site) -> tuple[PreTrainedModel | None, Schedu
 def _target_bytes(
     config: Config, teacher: PreTrainedModel | None, rows: float, vocab_size: int
 ) -> dict[str, float]:
-    if teacher is None:
+    if teacher is None or config.teacher.tokenizer:
         return {}
     width, each = teacher.config.hidden_size, BYTES[config.teacher.dtype]
     codecs = [make_codec(name, 1.0) for name in ("sampled", "top_k", "hidden")]

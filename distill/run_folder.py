@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "data.shards",
     "data.num_workers",
     "teacher.trajectory",
+    "teacher.tokenizer",  # the folder: what is in it is part of the samples' fingerprint
     "teacher.zero_stage",
     "teacher.offload",
     "teacher.cache",

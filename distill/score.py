@@ -58,7 +58,8 @@ def score(
         )
     if config.teacher.tokenizer:
         raise ValueError(
-            "teacher.tokenizer is set: targets speak of the shards' tokens, which this teacher does not know"
+            "teacher.tokenizer is set: targets speak of the shards' tokens, which this teacher does not know: make "
+            "shards with the teacher's tokenizer, and leave it out"
         )
     quiet_transformers()
     world = distributed.start()

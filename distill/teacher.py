@@ -167,9 +167,9 @@ def check_vocabulary(manifest: Manifest, tokenizer: TokenizerInfo) -> None:
     """
     if manifest.tokenizer_sha256 is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
         raise BadTrajectory(
-            f"{manifest.url}: the teacher was trained with tokenizer {manifest.tokenizer_sha256[:12]}, the shards were "
-            f"made with {tokenizer.sha256[:12]}: make shards with the teacher's tokenizer "
-            "(python -m data_prep tokenizer --from ...)"
+            f"{manifest.url}: the teacher was trained with tokenizer {manifest.tokenizer_sha256[:12]}, not with "
+            f"{tokenizer.sha256[:12]}, which the shards (or teacher.tokenizer) have: make shards with the teacher's tokenizer "
+            "(python -m data_prep tokenizer --from ...), or name that in teacher.tokenizer, for a few objectives"
         )
     if manifest.vocab_size < tokenizer.vocab_size:
         raise BadTrajectory(

@@ -27,8 +27,8 @@ run_dir seed steps batch_size micro_batch_size
 data.shards data.task data.mask_rate data.mask_token_share data.random_token_share
 data.isolate_documents data.span_depth data.shuffle_window data.num_workers
 model.architecture model.overrides model.init_from model.init_layers model.prune_to model.prune_until
-teacher.trajectory teacher.targets teacher.tokenizer teacher.dtype teacher.zero_stage teacher.ensemble teacher.pool teacher.offload
-teacher.unfinished teacher.cache teacher.cache_gb
+teacher.trajectory teacher.targets teacher.tokenizer teacher.dtype teacher.zero_stage teacher.ensemble teacher.pool
+teacher.offload teacher.unfinished teacher.cache teacher.cache_gb
 schedule.kind schedule.checkpoints schedule.num_stages schedule.stage_steps schedule.early_share
 schedule.stages schedule.speed schedule.patience schedule.min_gain
 objective.weights objective.settings

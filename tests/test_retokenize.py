@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from test_equivalence import assert_close_rows
 from tiny import Kill, assert_same_run, config, distill, distill_on_ranks, rows, settings
 
 from data_prep.__main__ import main
-from data_prep.encoding import load_tokenizer
+from data_prep.encoding import HuggingFaceTokenizer, load_tokenizer
+from distill.build import train_samples
 from distill.config_reader import load_config
 from distill.data import IGNORE, Samples
 from distill.distributed import World
@@ -32,18 +35,23 @@ RUN: dict[str, Any] = {"data__task": "clm", "model__overrides": MODEL, "steps": 
 ACROSS = {"relations": 0.5, "contrastive": 0.1, "ckd_hidden": 0.1, "hard": 1.0}
 
 
+def take(tokenizer: tokenizers.Tokenizer, out: Path, names: str) -> Path:
+    """The folder that the tokenizer stage makes of a given one."""
+    given = out.with_name(out.name + "-given")
+    given.mkdir()
+    tokenizer.save(str(given / "tokenizer.json"))
+    (given / "tokenizer_config.json").write_text(names)
+    assert main(["tokenizer", "--from", str(given), "--out", str(out)]) == 0
+    return out
+
+
 def byte_level(texts: list[str], size: int, out: Path) -> Path:
-    """A byte-level BPE folder of GPT-NeoX's kind, taken by the tokenizer stage."""
+    """A byte-level BPE of GPT-NeoX's kind."""
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator(
         texts, size, special_tokens=["<|endoftext|>", "<|padding|>"], show_progress=False
     )
-    given = out.with_name(out.name + "-given")
-    given.mkdir()
-    made._tokenizer.save(str(given / "tokenizer.json"))
-    (given / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}')
-    assert main(["tokenizer", "--from", str(given), "--out", str(out)]) == 0
-    return out
+    return take(made._tokenizer, out, '{"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}')
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +101,7 @@ def text_of(made: Path, name: str, ids: np.ndarray) -> str:
         parts += tokenizer.decode(ids[start:place])
         parts += "\0" if place < len(ids) and ids[place] == info.eos_id else ""
         start = place + 1
-    return parts
+    return parts.lstrip("\ufffd")  # of a character whose beginning is in the sequence before
 
 
 # ------------------------------------------------------------------------------------------------ pairs
@@ -132,9 +140,96 @@ def test_character_of_several_tokens_is_paired_at_its_last_one(made: Path) -> No
     assert len(ids) > 2
     out_BL, pairs_M2 = told(ids[None])
     assert there.decode(out_BL[0]) == "日本"
-    last = pairs_M2[-1].tolist()
-    assert last == [len(ids) - 1, out_BL.shape[1] - 1] or out_BL.shape[1] == len(ids)
+    assert pairs_M2[-1].tolist() == [len(ids) - 1, out_BL.shape[1] - 1]
     assert 0 not in pairs_M2[:, 0]  # within the first character
+
+
+WITHIN = (
+    "日本語の文 été 😀👩‍👧 ﬁx ½ тест naïve"  # merges of bytes that cross characters, parts of what NFKC makes
+)
+
+
+@pytest.fixture(scope="module")
+def awkward(made: Path) -> dict[str, Path]:
+    """Tokenizers that put parts of characters, prefixes or normalised text into tokens."""
+    folder = made / "awkward"
+    folder.mkdir()
+    across = byte_level([WITHIN * 3, "本語", "の文"] * 40, 500, folder / "across")
+
+    prefixed = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    prefixed.normalizer = tokenizers.normalizers.NFKC()
+    prefixed.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    prefixed.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<|endoftext|>", "<pad>"], show_progress=False
+    )
+    prefixed.train_from_iterator([WITHIN, *TOPICS[:3]], trainer)
+    names = '{"eos_token": "<|endoftext|>", "pad_token": "<pad>", "unk_token": "<unk>"}'
+    return {"across": across, "prefixed": take(prefixed, folder / "prefixed", names)}
+
+
+@pytest.mark.parametrize("other", ["across", "prefixed"])
+def test_end_of_a_token_is_where_all_before_it_has_been_read(
+    made: Path, awkward: dict[str, Path], other: str
+) -> None:
+    """A token may hold a part of a character, or of a ligature, or a space that is not there."""
+    told = load_tokenizer(awkward[other])
+    tokenizer = HuggingFaceTokenizer(awkward[other] / "tokenizer.json", told.info)
+    for text in (WITHIN, *WITHIN.split(), "ing", "日本", *TOPICS[:2]):
+        ids, ends = tokenizer.encode_with_ends(text)
+        whole = unicodedata.normalize("NFKC", text) if other == "prefixed" else text
+        if other == "prefixed" and told.info.unk_id in ids:
+            continue
+        assert tokenizer.decode(ids) == whole
+        for count, end in enumerate(ends, 1):
+            if end is not None:
+                read = unicodedata.normalize("NFKC", text[:end]) if other == "prefixed" else text[:end]
+                assert tokenizer.decode(ids[:count]) == read
+        assert ends[-1] == len(text)
+
+
+def test_sequence_that_begins_within_a_character_goes_on_after_it(made: Path) -> None:
+    own = HuggingFaceTokenizer(made / "unigram" / "tokenizer.json", load_tokenizer(made / "unigram").info)
+    ids = own.encode("éก กกข then ﬁ½ the end").tolist()  # none of whose letters the tokenizer has seen
+    start = next(i for i, number in enumerate(ids) if number in own._continuing)
+    text, ends = own.decode_with_ends(ids[start:])
+    assert text == "ก กกข then ﬁ½ the end"[-len(text) :] and len(text) > 15
+    assert ends[0] is None and ends[-1] == len(text)
+    assert own.decode_with_ends(ids)[0] == own.decode(ids)
+
+
+def test_bytes_that_make_no_character_take_linear_time_and_stay_before_the_mark(made: Path) -> None:
+    told, samples = retokenizer(made, "unigram", "bytes")
+    own = load_tokenizer(made / "unigram")
+    ids = own.encode("ab\ufffd").tolist()
+    out_BL, pairs_M2 = told(np.array([[*ids, own.info.eos_id]]))
+    assert "\ufffd" in text_of(made, "bytes", out_BL[0]) and len(ids) in pairs_M2[:, 0]
+    broken = own.encode("\ufffd" * 3000 + " the").tolist()
+    start = time.process_time()
+    text, ends = HuggingFaceTokenizer(made / "unigram" / "tokenizer.json", own.info).decode_with_ends(broken)
+    assert text.endswith(" the") and ends[-1] == len(text) and len(ends) == len(broken)
+    assert time.process_time() - start < 5  # 30 s and more if each step decodes all that waits
+
+
+def test_sequence_ends_for_the_teacher_at_a_text_that_it_can_not_be_told(
+    made: Path, awkward: dict[str, Path]
+) -> None:
+    info = load_tokenizer(awkward["prefixed"]).info
+    shards = made / "prefixed-shards"
+    assert make_shards(made / "documents", awkward["prefixed"], shards, "--sequence-length", str(LENGTH)) == 0
+    told = Retokenizer(shards, info, made / "bytes")
+    words = load_tokenizer(awkward["prefixed"]).encode("return the").tolist()
+    whole = told(np.array([[*words, *words]]))
+    cut = told(np.array([[*words, info.unk_id, *words]]))
+    assert text_of(made, "bytes", whole.tokens_BL[0]).startswith(text_of(made, "bytes", cut.tokens_BL[0]))
+    assert cut.pairs_M2[:, 0].max() < len(words) and len(cut.pairs_M2)
+
+
+def test_name_of_a_control_token_in_a_text_is_cut_as_in_the_shards(made: Path) -> None:
+    tokenizer = HuggingFaceTokenizer(made / "bytes" / "tokenizer.json", load_tokenizer(made / "bytes").info)
+    for text in ("a <|endoftext|> b", "<|padding|>", "return x"):
+        ids, ends = tokenizer.encode_with_ends(text)
+        assert ids == tokenizer.encode(text).tolist() and ends[-1] == len(text)
 
 
 def test_marks_stand_for_marks_and_one_that_only_the_teacher_has_follows_the_end(made: Path) -> None:
@@ -178,6 +273,21 @@ def test_only_rows_that_count_are_compared(made: Path) -> None:
     assert len(counted) < len(pairs)
     assert batch.rows_N[batch.retold.matches_M].tolist() == counted[:, 0].tolist()
     assert batch.retold.rows_M.tolist() == counted[:, 1].tolist()
+
+
+def test_batch_takes_what_is_told_along_to_a_device_and_into_a_batch_without_rows(made: Path) -> None:
+    told, samples = retokenizer(made, "unigram", "bytes")
+    samples.retokenizer = told
+    batch = samples[np.arange(3)]
+    moved = batch._map(torch.clone).retold
+    assert batch.retold is not None and moved is not None
+    for one, other in zip(
+        (*batch.retold.inputs, *batch.retold[1:]), (*moved.inputs, *moved[1:]), strict=True
+    ):
+        assert (one is None and other is None) or (one is not other and torch.equal(one, other))
+    empty = batch.without_rows().retold
+    assert empty is not None and len(empty.rows_M) == len(empty.matches_M) == 0
+    assert torch.equal(empty.inputs.input_ids_BL, batch.retold.inputs.input_ids_BL)
 
 
 # ------------------------------------------------------------------------------------------------ terms and runs
@@ -277,9 +387,16 @@ def test_student_and_teacher_may_both_be_split_over_ranks(
         ({"data__task": "mlm", "model__overrides": {}}, "it needs data.task=clm"),
         ({"teacher__ensemble": 2}, "that needs one live teacher"),
         ({"teacher__tokenizer": "unigram"}, "is the tokenizer of .*-shards itself: leave it out"),
-        ({"teacher__tokenizer": "bpe"}, "the teacher was trained with tokenizer"),
+        ({"teacher__tokenizer": "bpe"}, r"not with .* \(or teacher.tokenizer\)"),
         ({"teacher__tokenizer": "documents"}, "has no tokenizer_info.json"),
-        ({"teacher__tokenizer": ""}, "the teacher was trained with tokenizer"),
+        (
+            {"teacher__tokenizer": ""},
+            "make shards with the teacher's tokenizer .* or name that in teacher.tokenizer",
+        ),
+        (
+            {"objective__weights": {"hard": 1, "relation": 1}},
+            r"1 problem.*\n.*weights.relation is unknown; did you mean relations\?$",
+        ),
     ],
 )
 def test_what_can_not_be_compared_is_refused(
@@ -289,6 +406,15 @@ def test_what_can_not_be_compared_is_refused(
         changes = {"teacher__tokenizer": str(made / name)}
     with pytest.raises(ValueError, match=said):
         train(load_config([], student(made, tmp_path / "run", **changes)))
+
+
+def test_tokenizer_of_other_text_is_refused(made: Path, tmp_path: Path) -> None:
+    vocabulary = {str(i): i for i in range(10)} | {"<unk>": 10, "</s>": 11, "<pad>": 12}
+    digits = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    names = '{"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}'
+    given = take(digits, tmp_path / "digits", names)
+    with pytest.raises(ValueError, match="tokens [0-9]% end where one of .* is it a tokenizer for such text"):
+        train_samples(load_config([], student(made, tmp_path / "run", teacher__tokenizer=str(given))))
 
 
 def test_such_a_teacher_is_not_scored(made: Path, teacher_run: Path, tmp_path: Path) -> None:

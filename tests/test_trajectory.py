@@ -287,7 +287,7 @@ BAD = {
     "another tokenizer": (
         lambda f: edit(f, lambda c: c.update(tokenizer_sha256="9" * 64)),
         {},
-        ["trained with tokenizer 999999999999, the shards were made with 555555555555"],
+        ["trained with tokenizer 999999999999, not with 555555555555"],
     ),
     "another vocabulary": (
         lambda f: edit(f, lambda c: c.update(vocab_size=100)),
