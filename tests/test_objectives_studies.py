@@ -37,7 +37,7 @@ SMALL = Setting(
 )
 QUICK = [
     "steps=20",
-    "save.trajectory_every=0",
+    "save.trajectory_every=10",
     "log.every=2",
     "log.eval_every=10",
     "log.eval_samples=16",

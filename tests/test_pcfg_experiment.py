@@ -151,14 +151,14 @@ def test_padding_is_neither_seen_nor_counted() -> None:
 # ------------------------------------------------------------------------------------------------ the study
 
 SMALL = (
-    *("steps=20", "save.trajectory_every=5", "save.trajectory_first=0", "batch_size=8", "save.every=10"),
-    *("log.every=5", "log.eval_every=5", "log.eval_samples=16"),
+    *("steps=24", "save.trajectory_every=2", "save.trajectory_first=0", "batch_size=8", "save.every=8"),
+    *("log.every=4", "log.eval_every=4", "log.eval_samples=16"),
 )
 
 
 def start_study(folder: Path) -> subprocess.Popen[str]:
     options = ("--out", str(folder), "--seeds", "0", "--workers", "1", "--arms", "one_shot", "progressive")
-    command = [sys.executable, "-m", "distill.experiments.pcfg", *SMALL, "schedule.num_stages=4", *options]
+    command = [sys.executable, "-m", "distill.experiments.pcfg", *SMALL, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -176,13 +176,13 @@ def test_the_study_goes_from_sentences_to_table_and_pictures_over_a_sigterm(tmp_
         study.communicate(timeout=120)
         assert study.returncode == 143
         again = start_study(tmp_path)
-        output, errors = again.communicate(timeout=300)
+        output, errors = again.communicate(timeout=600)
         assert "| progressive |" in output and "progressive minus one-shot" in output, errors[-3000:]
     finally:
         study.kill()
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["runs"]) == {"teacher", "one_shot", "progressive"}
-    assert [row["step"] for row in results["probes"]["rows"]] == [5, 10, 15, 20]
+    assert [row["step"] for row in results["probes"]["rows"]] == list(range(2, 25, 2))
     assert len(results["probes"]["nonterminals"]["majority"]) == load_grammar("cfg3b", 3).levels
     for name in ("curves.png", "nonterminals.png", "probe/probe.png"):
         assert (tmp_path / name).stat().st_size > 10_000
