@@ -94,7 +94,14 @@ def study(out: Path, arms: list[str], seeds: list[int], settings: list[str]) -> 
         for seed in seeds:
             found = run_folder(out, arm, seed) / FOUND
             if not found.exists():
-                flags = ("--out", str(out), "--one", arm, "--seeds", str(seed))  # which would take what follows
+                flags = (
+                    "--out",
+                    str(out),
+                    "--one",
+                    arm,
+                    "--seeds",
+                    str(seed),
+                )  # which would take what follows
                 run_command("distill.experiments.objectives", *settings, *flags)
             results.setdefault(arm, []).append(json.loads(found.read_text()))
     save_results(out / "results.json", results)
