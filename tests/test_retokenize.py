@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import unicodedata
 from dataclasses import replace
@@ -362,8 +363,20 @@ def test_such_a_run_goes_on_after_a_kill_to_the_same_bits(
     distill(["train", *student(made, tmp_path / "calm", save__every=2)], tmp_path).ok()
     arguments = ["train", *student(made, tmp_path / "run", save__every=2, data__num_workers=1)]
     assert distill(arguments, tmp_path, Kill("distill.engine:Engine.step", 5)).code == -9
-    distill(arguments, tmp_path).ok()
+    moved = shutil.copytree(made / "bytes", tmp_path / "moved")
+    again = student(made, tmp_path / "run", save__every=2, teacher__tokenizer=str(moved))
+    distill(["train", *again], tmp_path).ok()
     assert_same_run(tmp_path / "run", tmp_path / "calm")
+
+
+def test_fingerprint_of_the_samples_names_what_the_teacher_is_told(made: Path) -> None:
+    told, samples = retokenizer(made, "unigram", "bytes")
+    plain = samples.fingerprint
+    samples.retokenizer = told
+    other, _ = retokenizer(made, "unigram", "bpe")
+    with_bytes = samples.fingerprint
+    samples.retokenizer = other
+    assert len({plain, with_bytes, samples.fingerprint}) == 3
 
 
 def test_student_and_teacher_may_both_be_split_over_ranks(
