@@ -94,6 +94,7 @@ def test_layout_speed_and_logging_may_change(tmp_path: Path) -> None:
         "run_dir",
         "data.shards",
         "teacher.trajectory",
+        "teacher.tokenizer",
     } == set(MAY_CHANGE)
 
 
