@@ -111,7 +111,5 @@ def test_teacher_with_fewer_columns_than_there_are_tokens_is_refused(tmp_path: P
 def test_teacher_with_another_tokenizer_is_refused_whatever_its_columns(tmp_path: Path) -> None:
     manifest = load_manifest(trajectory_of(tmp_path, 50304))
     manifest.tokenizer_sha256 = "8" * 64
-    with pytest.raises(
-        BadTrajectory, match="was trained with tokenizer 888888888888, not with 777777777777"
-    ):
+    with pytest.raises(BadTrajectory, match="was trained with tokenizer 888888888888, not with 777777777777"):
         Teacher(manifest, config(Path("shards"), tmp_path, data__task="clm"), NEOX, LENGTH, start())
