@@ -79,9 +79,8 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def _marks(info: TokenizerInfo) -> tuple[np.ndarray, np.ndarray]:
-    """What stands before and behind a document; one token that is both bos and eos only stands behind."""
-    before = [] if info.bos_id == info.eos_id else [info.bos_id]
-    return np.array(before, info.dtype), np.array([info.eos_id], info.dtype)
+    """What stands before and behind a document."""
+    return np.array(info.begin_ids, info.dtype), np.array([info.eos_id], info.dtype)
 
 
 def _lines(block: Block) -> Iterator[bytes]:

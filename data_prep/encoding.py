@@ -28,8 +28,6 @@ SLICE_CHARS = 1 << 20
 _REMEMBERED_WORDS = 1 << 18  # about 45 MB
 _REMEMBERED_CHARS = 32
 _GROUP_CHARS = 1 << 22
-
-
 _CHARACTER_BYTES = 4  # at most, in UTF-8
 _CONTINUING_BYTES = [f"<0x{byte:02X}>" for byte in range(0x80, 0xC0)]
 
@@ -179,13 +177,11 @@ class HuggingFaceTokenizer:
         self._dtype = np.dtype(info.dtype)
         special = {info.pad_id, info.bos_id, info.eos_id, info.mask_id} - {None, info.unk_id}
         self._control = np.array(sorted(number for number in special if number is not None))
-        self._control_ids = frozenset(self._control.tolist())
         names = [str(self._tokenizer.id_to_token(number)) for number in self._control]
         self._spelled = re.compile("|".join(re.escape(name) for name in names))
         self._continuing = frozenset(map(self._tokenizer.token_to_id, _CONTINUING_BYTES)) - {None}
-        self._within = self._tokenizer.encode(
-            "x", add_special_tokens=False
-        ).ids  # of a text, not at its beginning
+        # Before what is decoded within a text: at its beginning a space would be lost.
+        self._within = self._tokenizer.encode("x", add_special_tokens=False).ids
 
     def encode(self, text: str) -> np.ndarray:
         return np.concatenate(
@@ -243,12 +239,12 @@ class HuggingFaceTokenizer:
         half = len(text) - len(text.lstrip("\ufffd"))
         return text[half:], [None if end is None or end <= half else end - half for end in ends]
 
-    def _has_control(self, ids: Iterable[int]) -> bool:
-        return not self._control_ids.isdisjoint(ids)
+    def _has_control(self, ids: Sequence[int] | np.ndarray) -> bool:
+        return bool(np.isin(ids, self._control).any())
 
     def _encode_slice(self, text: str) -> np.ndarray:
         ids = self._ids(text)
-        if not np.isin(ids, self._control).any():
+        if not self._has_control(ids):
             return ids
         return np.concatenate([self._ids(part) for part in self._cut_names(text)])
 
@@ -260,8 +256,8 @@ class HuggingFaceTokenizer:
         cuts = [0, *(match.start() + 1 for match in self._spelled.finditer(text)), len(text)]
         parts = [text[start:end] for start, end in pairwise(cuts)]
         for part in parts:
-            if found := self._control_ids.intersection(self._ids(part).tolist()):
-                control = self._tokenizer.id_to_token(min(found))
+            if len(found := np.intersect1d(self._ids(part), self._control)):
+                control = self._tokenizer.id_to_token(int(found[0]))
                 raise SpellsControl(
                     f"this tokenizer gives its control token {control!r} for ordinary text; use another one"
                 )

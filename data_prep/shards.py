@@ -48,6 +48,11 @@ class TokenizerInfo:
         """Smallest unsigned type that holds every id: "uint16" or "uint32"."""
         return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
 
+    @property
+    def begin_ids(self) -> list[int]:
+        """What stands before a document: nothing where one token is both bos and eos, which only stands behind."""
+        return [] if self.bos_id == self.eos_id else [self.bos_id]
+
 
 @dataclass(frozen=True)
 class Shard:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
-import itertools
 import math
 
 from distill.config import (
-    ANY_TOKENIZER,
     FUSED,
     OBJECTIVES,
-    PRUNED,
     Config,
-    ModelConfig,
     ObjectiveConfig,
     Ramp,
     ScheduleConfig,
     TeacherConfig,
     fields_of,
+)
+from distill.method_rules import (
+    nearest_of,
+    pruning_rules,
+    ramp_problems,
+    speculation_rules,
+    tokenizer_rules,
+    warm_up_rules,
 )
 from distill.schedule import ramp_at
 
@@ -95,7 +98,7 @@ def check(config: Config) -> list[str]:
         if not rule:
             problems.append(message)
     for name, ramp in {**config.objective.weights, "temperature": config.objective.temperature}.items():
-        problems += [f"objective {name}: {p}" for p in _ramp_problems(ramp)]
+        problems += [f"objective {name}: {p}" for p in ramp_problems(ramp)]
     return problems or _idle_problems(config.objective)
 
 
@@ -167,7 +170,7 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             f"got {c.teacher.zero_stage}",
         ),
         *[
-            (name in OBJECTIVES, f"objective.weights.{name} is unknown{_nearest_of(name, OBJECTIVES)}")
+            (name in OBJECTIVES, f"objective.weights.{name} is unknown{nearest_of(name, OBJECTIVES)}")
             for name in c.objective.weights
         ],
         (
@@ -190,10 +193,10 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             "objective.weights.kdiga derives by the inputs, the student's twice, for which weights must be whole and code "
             "not compiled: set engine.zero_stage to 2 or less, teacher.zero_stage=0 and engine.compile=false",
         ),
-        *_tokenizer_rules(c),
-        *_speculation_rules(c),
-        *_pruning_rules(c),
-        *_warm_up_rules(c),
+        *tokenizer_rules(c),
+        *speculation_rules(c),
+        *pruning_rules(c),
+        *warm_up_rules(c),
         (
             "jsd" in soft or c.objective.beta == ObjectiveConfig().beta,
             f"objective.beta={c.objective.beta} is read by jsd only, which objective.weights does not name",
@@ -267,122 +270,6 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
     ]
 
 
-def _tokenizer_rules(c: Config) -> list[tuple[bool, str]]:
-    if not c.teacher.tokenizer:
-        return []
-    name = "teacher.tokenizer is set"
-    unserved = [n for n in c.objective.weights if n in OBJECTIVES and n not in (*ANY_TOKENIZER, "hard")]
-    return [
-        (
-            bool(c.teacher.trajectory) and not c.teacher.targets and c.teacher.ensemble == 1,
-            f"{name}: that needs one live teacher: set teacher.trajectory, leave out teacher.targets and teacher.ensemble",
-        ),
-        (
-            c.data.task == "clm",
-            f"{name}: only what has been read so far can be compared across tokenizers: it needs data.task=clm",
-        ),
-        (
-            c.objective.speculate_from >= 1,
-            f"{name}: the student's words mean nothing to the teacher: leave out objective.speculate_from",
-        ),
-        (
-            not unserved,
-            f"{name}: objective.weights names {' and '.join(unserved)}, which needs a common vocabulary: choose among "
-            f"{', '.join(ANY_TOKENIZER)} and hard, or a student with the teacher's tokenizer",
-        ),
-    ]
-
-
-def _speculation_rules(c: Config) -> list[tuple[bool, str]]:
-    first = c.objective.speculate_from
-    if first >= 1:
-        return []
-    hard = c.objective.weights.get("hard", 0.0)
-    later = [p[0] for p in hard if len(p) == 2 and p[0] > first] if isinstance(hard, list) else []
-    taught = not any(ramp_at(hard, share) for share in (first, *later, 1.0)) if hard != [] else True
-    name = f"objective.speculate_from={first}"
-    return [
-        *_continuation_rules(c, name),
-        (
-            taught,
-            f"{name}: from there the labels are the student's own words, from which `hard` would learn nothing: let "
-            "its weight be 0 from there, or leave it out",
-        ),
-    ]
-
-
-def _warm_up_rules(c: Config) -> list[tuple[bool, str]]:
-    name, weights = "objective.weights.preference", c.objective.weights
-    if "preference" not in weights:
-        return []
-    both = [weights["preference"], weights.get("hard", 0.0)]
-    points = sorted({0.0, 1.0, *(p[0] for ramp in both if isinstance(ramp, list) for p in ramp if p)})
-    shares = [*points, *((a + b) / 2 for a, b in itertools.pairwise(points))]
-    whole = all(ramp != [] and not _ramp_problems(ramp) for ramp in both)
-    return [
-        *_continuation_rules(c, name),
-        (
-            bool(c.model.init_from),
-            f"{name} warms up a student that can write: set model.init_from to a trained one",
-        ),
-        (
-            not whole or not any(all(ramp_at(ramp, share) > 0 for ramp in both) for share in shares),
-            f"{name}: while it has weight the labels are the student's own words, from which `hard` would learn nothing: "
-            "let one of both be 0, e.g. {preference: [[0, 1], [0.1, 1], [0.1, 0]], hard: [[0.1, 0], [0.1, 1]]}",
-        ),
-    ]
-
-
-def _continuation_rules(c: Config, name: str) -> list[tuple[bool, str]]:
-    return [
-        (c.data.task == "clm", f"{name} lets the student go on with a text: it needs data.task=clm"),
-        (
-            bool(c.teacher.trajectory) and not c.teacher.targets and c.teacher.ensemble == 1,
-            f"{name} needs one live teacher: set teacher.trajectory, leave out teacher.targets and teacher.ensemble",
-        ),
-        (
-            not c.data.isolate_documents,
-            f"{name} goes on across the ends of documents: set data.isolate_documents=false",
-        ),
-        (
-            c.engine.zero_stage < 3 and c.teacher.zero_stage < 3,
-            f"{name} runs both models many times a step, whose weights must be whole: set engine.zero_stage to 2 or "
-            "less and teacher.zero_stage to 0",
-        ),
-    ]
-
-
-def _pruning_rules(c: Config) -> list[tuple[bool, str]]:
-    to, until, warm = c.model.prune_to, c.model.prune_until, c.optim.warmup_share
-    if not to:
-        return [
-            (
-                until == ModelConfig().prune_until,
-                f"model.prune_until={until} is read with model.prune_to only",
-            )
-        ]
-    return [
-        *[(name in PRUNED, f"model.prune_to.{name} is unknown{_nearest_of(name, PRUNED)}") for name in to],
-        *[
-            (0 < left <= 1, f"model.prune_to.{name} must be above 0 and at most 1, got {left}")
-            for name, left in to.items()
-        ],
-        (
-            until > warm,
-            f"model.prune_until={until} must be above optim.warmup_share={warm}, where pruning begins",
-        ),
-        (
-            not c.save.trajectory_every,
-            "model.prune_to makes checkpoints of different shapes, and a trajectory has one: set save.trajectory_every=0; "
-            "`distill export` gives the newest checkpoint of a run that is under way",
-        ),
-        (
-            not c.engine.compile,
-            "model.prune_to was not tried with engine.compile=true: leave one of the two",
-        ),
-    ]
-
-
 def _is_infinite_when_cold(objective: ObjectiveConfig) -> bool:
     return "reverse_kl" in objective.weights or ("jsd" in objective.weights and objective.beta == 1)
 
@@ -393,16 +280,6 @@ def _lowest(ramp: Ramp) -> float:
 
 def _highest(ramp: Ramp) -> float:
     return max((p[-1] for p in ramp if p), default=0.0) if isinstance(ramp, list) else ramp
-
-
-def _ramp_problems(ramp: Ramp) -> list[str]:
-    points = ramp if isinstance(ramp, list) else [[0.0, ramp]]
-    if not points or any(len(p) != 2 for p in points):
-        return [f"a ramp is a list of [share, value], got {ramp!r}"]
-    shares = [p[0] for p in points]
-    if shares != sorted(shares) or not 0 <= shares[0] <= shares[-1] <= 1:
-        return [f"the shares of a ramp must rise within 0 to 1, got {shares}"]
-    return [f"must not be negative, got {p[1]}" for p in points if p[1] < 0]
 
 
 def _idle_problems(objective: ObjectiveConfig) -> list[str]:
@@ -416,8 +293,3 @@ def _idle_problems(objective: ObjectiveConfig) -> list[str]:
         for a, b, at_a, at_b in zip(shares, shares[1:], sums, sums[1:], strict=False)
         if at_a == at_b == 0
     ]
-
-
-def _nearest_of(name: str, names: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(names)}"

@@ -41,9 +41,9 @@ class Retokenizer:
             )
         self._own = HuggingFaceTokenizer(shards / "tokenizer" / HUGGINGFACE_NAME, own)
         self._other = HuggingFaceTokenizer(folder / HUGGINGFACE_NAME, self.info)
-        begin, other_begin = _begin_of(own), _begin_of(self.info)
-        self._marks = {own.pad_id: [], own.eos_id: [self.info.eos_id, *([] if begin else other_begin)]}
-        self._marks |= {number: other_begin for number in begin}
+        begins = self.info.begin_ids
+        self._marks = {own.pad_id: [], own.eos_id: [self.info.eos_id, *([] if own.begin_ids else begins)]}
+        self._marks |= {number: begins for number in own.begin_ids}
 
     def __call__(self, tokens_BL: Ints) -> Retokenized:
         """A sequence of the teacher is cut where it would be longer than one of the student; its pairs end there."""
@@ -78,8 +78,3 @@ class Retokenizer:
                 pairs.append((place, len(ids) - 1))
             start = place + 1
         return ids, pairs
-
-
-def _begin_of(info: TokenizerInfo) -> list[int]:
-    """What marks the beginning of a document, if anything but the end of the one before does."""
-    return [] if info.bos_id is None or info.bos_id == info.eos_id else [info.bos_id]

@@ -19,6 +19,7 @@ FLOORS = {
         "config",
         "config_reader",
         "config_rules",
+        "method_rules",
         "schedule",
         "distributed",
         "head",
