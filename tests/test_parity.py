@@ -87,7 +87,7 @@ def test_samples_are_fresh_in_every_block_and_stream_and_the_same_for_ever() -> 
 
 def test_mlp_is_that_of_torch() -> None:
     task = Task(6, 2)
-    params = stacked(MODELS["mlp"], task, 5, [torch.Generator().manual_seed(s) for s in (1, 2)])
+    params = stacked(MODELS["mlp"], task, 5, 0.02, [torch.Generator().manual_seed(s) for s in (1, 2)])
     x_SND = torch.randn(2, 7, 6)
     logits = MODELS["mlp"].forward(params, x_SND)
     for seed in range(2):
@@ -100,18 +100,28 @@ def test_mlp_is_that_of_torch() -> None:
 
 
 def test_mlp_starts_as_torch_starts_its_layers() -> None:
-    net = MODELS["mlp"].init(Task(25, 2), 1000, torch.Generator().manual_seed(0))
+    net = MODELS["mlp"].init(Task(25, 2), 1000, 0.02, torch.Generator().manual_seed(0))
     for name, fan_in in (("in.weight", 25), ("in.bias", 25), ("out.weight", 1000)):
         bound = fan_in**-0.5
         assert 0.98 * bound < net[name].abs().max() <= bound
         assert net[name].std().item() == pytest.approx(bound / 3**0.5, rel=0.05)  # uniform
 
 
+def test_transformer_starts_with_the_spread_that_is_asked_for() -> None:
+    net = MODELS["transformer"].init(Task(25, 2), 64, 0.1, torch.Generator().manual_seed(0))
+    for name in ("position", "0.qkv.weight", "1.up.weight"):
+        assert net[name].std().item() == pytest.approx(0.1, rel=0.05)
+    for name in ("0.proj.weight", "1.down.weight"):  # as GPT-2 does, over the root of its residual branches
+        assert net[name].std().item() == pytest.approx(0.05, rel=0.05)
+
+
 def test_transformer_is_gpt2_of_transformers() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     task, width = Task(5, 2), 16
-    params = stacked(MODELS["transformer"], task, width, [torch.Generator().manual_seed(s) for s in (1, 2)])
+    params = stacked(
+        MODELS["transformer"], task, width, 0.02, [torch.Generator().manual_seed(s) for s in (1, 2)]
+    )
     for name, tensor in params.items():  # nothing at its starting value of 0 or 1
         params[name] = tensor + 0.1 * torch.randn(
             tensor.shape, generator=torch.Generator().manual_seed(len(name))
@@ -148,7 +158,7 @@ def load_gpt2(gpt2: Any, net: Params) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_chunks_of_rows_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = stacked(MODELS[name], Task(4, 2), 8, [torch.Generator().manual_seed(0)])
+    params = stacked(MODELS[name], Task(4, 2), 8, 0.02, [torch.Generator().manual_seed(0)])
     x_SND = signs(4)[None]
     whole = logits_of(MODELS[name], params, x_SND, 8)
     monkeypatch.setattr("distill.experiments.parity.models.CHUNK_FLOATS", 24)
@@ -458,6 +468,7 @@ def test_the_command_interrupted_goes_on_to_table_figures_and_picture_and_prints
         (["depth=3", "k=10"], "7 nodes of k=10 coordinates each, more than d=60: raise d to 70"),
         (["model=cnn"], "model must be one of mlp, transformer, got 'cnn'"),
         (["model=transformer", "student.width=20"], "a Transformer's width must be a multiple of 8"),
+        (["initializer_range=0"], "initializer_range must be above 0, got 0"),
         (["early_steps=300"], "must be multiples of every=200"),
         (["seeds=[1, 1]"], "seeds must be different numbers"),
         (["temperatures=[-1]"], "temperatures must not be negative"),

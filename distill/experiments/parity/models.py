@@ -21,16 +21,17 @@ CHUNK_FLOATS = 2**19  # of hidden features alive at once where no gradient is ne
 class Model:
     """A kind of network. Features a row: how many floats of its hidden state are alive at once."""
 
-    init: Callable[[Task, int, torch.Generator], Params]  # of one network
+    # (task, width, standard deviation of the first weights, generator) -> one network
+    init: Callable[[Task, int, float, torch.Generator], Params]
     forward: Callable[
         [Params, Tensor], Tensor
     ]  # (parameters [S, ...], x [S, N, d]) -> logits [S, N, classes]
     features_a_row: Callable[[Task, int], int]
 
 
-def stacked(model: Model, task: Task, width: int, generators: list[torch.Generator]) -> Params:
+def stacked(model: Model, task: Task, width: int, std: float, generators: list[torch.Generator]) -> Params:
     """Parameters [S, ...] of a network a generator, each as if it were made alone."""
-    nets = [model.init(task, width, generator) for generator in generators]
+    nets = [model.init(task, width, std, generator) for generator in generators]
     return {name: torch.stack([net[name] for net in nets]) for name in nets[0]}
 
 
@@ -49,7 +50,7 @@ def _uniform(generator: torch.Generator, fan_in: int, *shape: int) -> Tensor:
     return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(fan_in)
 
 
-def _init_mlp(task: Task, width: int, generator: torch.Generator) -> Params:
+def _init_mlp(task: Task, width: int, _std: float, generator: torch.Generator) -> Params:
     return {
         "in.weight": _uniform(generator, task.d, width, task.d),
         "in.bias": _uniform(generator, task.d, width, 1),
@@ -67,18 +68,18 @@ def _mlp(params: Params, x_SND: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ Transformer
 
 
-def _init_transformer(task: Task, width: int, generator: torch.Generator) -> Params:
-    """GPT-2's: N(0, 0.02), the layers that end a residual branch narrower; the output is not tied."""
+def _init_transformer(task: Task, width: int, std: float, generator: torch.Generator) -> Params:
+    """GPT-2's: N(0, std), the layers that end a residual branch narrower; the output is not tied."""
 
-    def normal(*shape: int, std: float = 0.02) -> Tensor:
+    def normal(*shape: int, std: float = std) -> Tensor:
         return std * torch.randn(shape, generator=generator)
 
     params = {"token": normal(2, width), "position": normal(task.d, width)}
     for i in range(LAYERS):
-        ends = 0.02 / math.sqrt(2 * LAYERS)
+        ends = std / math.sqrt(2 * LAYERS)
         branches = (("qkv", 1, 3), ("proj", 1, 1), ("up", 1, 4), ("down", 4, 1))
         for name, n_in, n_out in ((name, a * width, b * width) for name, a, b in branches):
-            params[f"{i}.{name}.weight"] = normal(n_in, n_out, std=ends if name in ("proj", "down") else 0.02)
+            params[f"{i}.{name}.weight"] = normal(n_in, n_out, std=ends if name in ("proj", "down") else std)
             params[f"{i}.{name}.bias"] = torch.zeros(1, n_out)
     for norm in (*(f"{i}.norm{j}" for i in range(LAYERS) for j in (1, 2)), "norm"):
         params[f"{norm}.weight"], params[f"{norm}.bias"] = torch.ones(1, width), torch.zeros(1, width)

@@ -58,7 +58,7 @@ class Population:
     def __post_init__(self) -> None:
         s, self.model = self.settings, MODELS[self.settings.model]
         generators = [torch.Generator().manual_seed(int(key_of(seed, self.stream)) >> 1) for seed in s.seeds]
-        nets = stacked(self.model, s.task, self.net.width, generators)
+        nets = stacked(self.model, s.task, self.net.width, s.initializer_range, generators)
         self.params = {
             name: _repeat(one_a_seed, self.copies).to(self.device).requires_grad_()
             for name, one_a_seed in nets.items()

@@ -33,7 +33,8 @@ class Settings:
     """One study. Steps are optimizer steps of `batch_size` fresh samples.
 
     d, k: coordinates, and how many of them decide (Panigrahi et al., definition 3.1). depth: of the tree of the
-    hierarchical task, 2^depth classes; 1 is plain parity. model: mlp | transformer. optimizer: sgd (plain) | adam.
+    hierarchical task, 2^depth classes; 1 is plain parity. model: mlp | transformer. initializer_range: standard
+    deviation of a Transformer's first weights; an MLP starts as torch's layers do. optimizer: sgd (plain) | adam.
     seeds: each has its own teacher, students and data. every: steps between validations, which are also the
     teacher's checkpoints. early_steps: of a 2-shot student on its early checkpoint. early_distance: teacher
     steps by which the checkpoint `before` the transition precedes the one inside.
@@ -44,6 +45,7 @@ class Settings:
     k: int = 4
     depth: int = 1
     model: str = "mlp"
+    initializer_range: float = 0.02
     optimizer: str = "sgd"
     batch_size: int = 32
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
@@ -81,6 +83,7 @@ def _problems(s: Settings) -> list[str]:
             f"raise d to {s.k * (2**s.depth - 1)} or lower k or depth",
         ),
         (s.model in MODELS, f"model must be one of {', '.join(MODELS)}, got {s.model!r}"),
+        (s.initializer_range > 0, f"initializer_range must be above 0, got {s.initializer_range}"),
         (s.optimizer in ("sgd", "adam"), f"optimizer must be sgd or adam, got {s.optimizer!r}"),
         (len(set(s.seeds)) == len(s.seeds) > 0, f"seeds must be different numbers, got {s.seeds}"),
         (all(seed >= 0 for seed in s.seeds), f"seeds must not be negative, got {s.seeds}"),
