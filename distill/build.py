@@ -166,6 +166,9 @@ def build_run(config: Config, world: World, folder: Path) -> Run:
     check_terms(config.objective, samples.tokenizer.vocab_size, *given_by(teacher))
     if schedule and world.is_main:
         log.info("teacher schedule\n%s", schedule.table())
+        if config.schedule.kind == "two_shot" and not config.schedule.checkpoints:
+            log.info("the early checkpoint is where the loss falls fastest, which may be the fall to word frequencies: "
+                     "`distill probe --suggest-schedule` judges by more, and schedule.checkpoints=[EARLY] names one")  # fmt: skip
     model = student_model(config, samples)
     log.info("model: %s, %.2f M parameters", model.config.model_type, num_parameters(model) / 1e6)
     model.to(device=world.device)  # type: ignore[call-arg]  # transformers wraps Module.to untyped

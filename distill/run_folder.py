@@ -90,9 +90,7 @@ def claim(config: Config, is_main: bool) -> Iterator[Path]:
         _lock(lock, folder)
         for place in (folder, folder / "trajectory"):
             remove_temporary_files(place)
-        stored = folder / CONFIG
-        if stored.exists():
-            _refuse_other_settings(folder, yaml.safe_load(stored.read_text(encoding="utf-8")), config)
+        refuse_other_settings(config)
         yield folder
 
 
@@ -160,9 +158,13 @@ def _lock(lock: Any, folder: Path) -> None:
     lock.flush()
 
 
-def _refuse_other_settings(folder: Path, stored: dict[str, Any], config: Config) -> None:
+def refuse_other_settings(config: Config) -> None:
+    """Raises RunFolderError if the run in `config.run_dir`, started or finished, has other settings (each is named)."""
+    folder = Path(config.run_dir)
+    if not (folder / CONFIG).exists():
+        return
     now = {key: value for key, _, value in fields_of(config)}
-    before = _flatten(stored)
+    before = _flatten(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
     differences = [
         f"{key}: {before.get(key)!r} -> {now[key]!r}"
         for key in now

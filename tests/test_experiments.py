@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import fields_of
+from distill.config import fields_of, to_yaml
 from distill.config_reader import load_config
-from distill.experiments.arms import mean_and_spread, paired_t, steps_to, table
+from distill.experiments.arms import mean_and_spread, paired_t, steps_to, table, train_arm
 from distill.experiments.wiki_books import CONFIGS, arms
+from distill.run_folder import RunFolderError
 
 ROOT = Path(__file__).parent.parent
 TINY = tuple(
@@ -49,6 +50,22 @@ def test_the_arms_differ_in_teacher_objective_and_schedule_alone() -> None:
 def test_every_shipped_config_loads(path: Path) -> None:
     teacher = [] if "teacher" in path.stem else ["teacher.trajectory=t"]
     load_config([path], ["run_dir=r", "data.shards=s", *teacher])
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_the_one_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["data.shards=s", "teacher.trajectory=t", "schedule.kind=one_shot"]
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    config = load_config([CONFIGS / "demo_student.yaml"], [f"run_dir={run_dir}", *asked])
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    (run_dir / "result.json").write_text('{"hard": 4.0}')
+    (run_dir / "metrics.jsonl").write_text('{"kind": "train", "seconds": 90.0}\n')
+    monkeypatch.setattr("distill.experiments.arms.run_command", None)  # nothing is left to run
+    assert train_arm(run_dir, CONFIGS / "demo_student.yaml", asked) == {"hard": 4.0, "minutes": 1.5}
+    with pytest.raises(RunFolderError, match="optim.lr: 0.012 -> 0.5"):
+        train_arm(run_dir, CONFIGS / "demo_student.yaml", [*asked, "optim.lr=0.5"])
 
 
 def write_curve(folder: Path, losses: dict[int, float]) -> Path:

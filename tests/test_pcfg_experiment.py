@@ -22,7 +22,7 @@ from distill.config import DataConfig, fields_of
 from distill.config_reader import ConfigError, load_config
 from distill.data import Samples
 from distill.experiments.nonterminals import NonterminalStudy, Sentences, accuracies, fit, majority
-from distill.experiments.pcfg import CONFIGS, accuracy_at, arms, difference
+from distill.experiments.pcfg import CONFIGS, SIZES, accuracy_at, arms, difference, prepare_data
 from distill.probes.transition import Suggestion
 
 
@@ -70,6 +70,11 @@ def test_masked_models_have_no_span_depth() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ arms
+
+
+def test_sentences_of_another_grammar_are_not_taken_for_those_asked_for(sentences: Path) -> None:
+    with pytest.raises(ValueError, match="'cfg3b'.* now {'grammar': 'cfg3f'.* choose another --out"):
+        prepare_data(sentences.parent, SIZES["mini"], "cfg3f", workers=1)
 
 
 @pytest.mark.parametrize("size", ["mini", "paper"])
@@ -220,7 +225,7 @@ def test_a_short_r5_shows_the_rise_of_the_ngrams_and_students_between_frequencie
         [sys.executable, "-m", "distill.experiments.pcfg", "steps=300", "save.trajectory_every=25", *quick, *options],
         check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    found = json.loads((tmp_path / "results.json").read_text())
+    found = json.loads((tmp_path / "results_150steps.json").read_text())
     chance, rows = found["probes"]["chance"], found["probes"]["rows"]
     robust = [row["robust_3"][1] for row in rows]
     assert robust[-1] > 0.1 and robust[-1] > 20 * robust[0]  # steps 300 and 25

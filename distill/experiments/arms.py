@@ -21,9 +21,10 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from distill import hardware
+from distill.config_reader import load_config
 from distill.files import write_text
 from distill.metrics import METRICS, read_rows
-from distill.run_folder import read_result
+from distill.run_folder import read_result, refuse_other_settings
 
 # Digits behind the point in a table, by what a result's key starts with; 0 for others.
 DIGITS = {"hard": 3, "accuracy": 4, "minutes": 1, "ece": 3, "agreement": 3, "teacher_kl": 3, "cpu": 1}
@@ -83,9 +84,15 @@ def dtype_for_this_cpu() -> list[str]:
 
 
 def train_arm(run_dir: Path, config: Path, settings: Sequence[str]) -> dict[str, Any]:
-    """Train one run to its end, unless that is done. Returns its result.json, and the minutes of training alone."""
+    """Train one run to its end, unless that is done. Returns its result.json, and the minutes of training alone.
+
+    Raises:
+        RunFolderError: the folder holds a run of other settings.
+    """
+    settings = [f"run_dir={run_dir}", *settings]
     if read_result(run_dir) is None:
-        run_command("distill", "train", str(config), f"run_dir={run_dir}", *settings)
+        run_command("distill", "train", str(config), *settings)
+    refuse_other_settings(load_config([config], settings))
     seconds = sum(row["seconds"] for row in read_rows(run_dir / METRICS, "train"))
     return {**json.loads((run_dir / "result.json").read_text()), "minutes": seconds / 60}
 

@@ -82,11 +82,15 @@ def arms(trajectory: Path, stages: int, found: Suggestion | None, steps: Sequenc
 
 
 def prepare_data(out: Path, size: Size, grammar: str, workers: int) -> Path:
-    """Make the sentences. Returns their folder."""
-    shards = out / "shards"
-    if not (shards / "index.json").exists():
+    """Make the sentences. Returns their folder. Raises ValueError if it holds those of another grammar or size."""
+    shards, index = out / "shards", out / "shards" / "index.json"
+    if not index.exists():
         run_command("data_prep", "pcfg", grammar, "--levels", str(size.levels), "--train", str(size.train),
                     "--out", str(shards), "--workers", str(workers))  # fmt: skip
+    made = json.loads(index.read_text())["settings"]
+    asked = {"grammar": grammar, "levels": size.levels, "train": size.train}
+    if made | asked != made:
+        raise ValueError(f"{shards} was made with {made}, now {asked} is asked for: choose another --out")
     return shards
 
 
@@ -120,19 +124,22 @@ def study(arguments: argparse.Namespace) -> str:
     found = suggest_schedule(probed["rows"], probed["chance"]) if needs_transition else None
     known = arms(teacher / "trajectory", size.stages, found, steps)
     budget = [f"steps={arguments.budget}"] if arguments.budget else []
+    shorter = f"_{arguments.budget}steps" if arguments.budget else ""
     folders: dict[str, list[Path]] = {name: [] for name in arguments.arms}
     for seed in arguments.seeds:  # a seed's arms together, so that a study cut short can be compared
         for name in arguments.arms:
-            folders[name].append(out / "runs" / f"{name}_seed{seed}")
+            folders[name].append(out / "runs" / f"{name}{shorter}_seed{seed}")
             settings = [*common, f"seed={seed}", *known[name].settings, *budget]
             results.setdefault(name, []).append(student(folders[name][-1], configs["student"], settings))
     titles = {"teacher": "teacher (its own run)"} | {name: known[name].title for name in arguments.arms}
-    save_results(out / "results.json", {"seeds": arguments.seeds, "runs": results, "probes": probed})
+    save_results(
+        out / f"results{shorter}.json", {"seeds": arguments.seeds, "runs": results, "probes": probed}
+    )
     plot(
         folders,
         titles,
         teacher,
-        out / "curves.png",
+        out / f"curves{shorter}.png",
         f"PCFG, {arguments.size}, {task}, student seeds {arguments.seeds}",
     )
     plot_nonterminals(probed["nonterminals"], steps, out / "nonterminals.png")
@@ -140,7 +147,7 @@ def study(arguments: argparse.Namespace) -> str:
         table(results, titles, COLUMNS),
         difference(results),
         nonterminal_table(probed["nonterminals"], steps),
-        f"pictures: {out}/*.png, {out}/probe   figures: {out}/results.json",
+        f"pictures: {out}/*.png, {out}/probe   figures: {out}/results{shorter}.json",
     ]
     return "\n\n".join(part for part in parts if part)
 

@@ -4,8 +4,8 @@
     python -m distill.experiments.schedule_map --budgets 300 3000 --temperatures 0 1 --arms one_shot inside_10
 
 The text is the demo's (`distill.experiments.wiki_books`), and is prepared if it is missing. A cell (budget, temperature,
-width) has every arm over the same seeds; an arm is compared with one-shot seed by seed. What is finished is not done
-again, so that a later command adds cells to a map.
+width) has every arm over the same seeds; an arm is compared with one-shot seed by seed. What is finished is not trained
+again; table, map.json and map.png are those of the last command. Other settings (key=value) need another --out.
 """
 
 from __future__ import annotations

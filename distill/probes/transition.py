@@ -76,7 +76,8 @@ def suggest_schedule(
             f"no checkpoint lies between chance (top-1 {bar:.3f}) and {_SETTLED:.0%} of the loss's fall; steps {steps}: "
             "the teacher must leave more checkpoints while its loss falls (save.trajectory_first)"
         )
-    slopes = -np.gradient(np.array(losses), np.log(steps))
+    # The fall to the plateau of word frequencies is not the transition: what lies above the plateau counts as on it.
+    slopes = -np.gradient(np.minimum(losses, chance["loss"]), np.log(steps))
     best = max(candidates, key=lambda i: slopes[i])
     if best == 0:
         raise NoTransition(
