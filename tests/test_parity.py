@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,24 @@ def test_the_table_and_the_claims_tell_every_seed(short: Any) -> None:
     assert not next(c for claim, c in found.items() if "at least 3 x" in claim)["holds"]
 
 
+def test_labels_that_arrive_within_one_and_a_half_times_the_teachers_steps_refute_the_claim(
+    short: Any,
+) -> None:
+    teachers, students, picks, _ = short
+    own = teachers.steps_to(0.95)
+    flat = even(SHORT)
+    correlations = [{2000: flat, **{s: flat for s in vars(p).values()}} for p in picks]
+    for step, holds in ((int(1.4 * min(own)), False), (int(1.6 * max(own)), True)):
+        hard = Curve([step], [[1.0, 1.0]], [[0.0, 0.0]])
+        found = claims(SHORT, picks, {**students, "hard": hard}, teachers, correlations)
+        assert next(c for c in found if c["claim"].startswith("hard: no seed"))["holds"] == holds
+
+
+def test_a_support_of_all_coordinates_has_nothing_outside() -> None:
+    found = FourierProbe(Task(3, 3), 50, 0).correlations(torch.zeros(50, 2))
+    assert set(found["inside"]) == {1, 2} and all(math.isnan(value) for value in found["outside"].values())
+
+
 def even(settings: Settings) -> dict[str, dict[int, float]]:
     return {where: {m: 0.1 for m in range(1, settings.k)} for where in ("inside", "outside")}
 
@@ -472,6 +491,8 @@ def test_the_command_interrupted_goes_on_to_table_figures_and_picture_and_prints
         (["early_steps=300"], "must be multiples of every=200"),
         (["seeds=[1, 1]"], "seeds must be different numbers"),
         (["temperatures=[-1]"], "temperatures must not be negative"),
+        (["temperatures=[0,0.0]"], "temperatures must be different numbers"),
+        (["early_distance=-200"], "early_distance must be above 0, got -200"),
         (["teacher.stepz=1"], "unknown key teacher.stepz; did you mean teacher.steps?"),
         (["lr=1"], "did you mean student.optim.lr?"),
     ],

@@ -266,6 +266,15 @@ def test_a_guess_better_than_chance_with_a_loss_that_is_not_is_noise() -> None:
     assert found.early == 800 and "passed over as such: [25, 50, 100, 200]" in found.reasons[1]
 
 
+def test_the_fall_to_the_plateau_of_frequencies_is_not_the_transition() -> None:
+    """A real causal teacher: step 50 has a loss below frequencies' and a top-1 above, and ends the steepest fall."""
+    steps = (25, 50, 100, 200, 250, 500, 1000, 2000, 3000)
+    losses = (1.219, 0.866, 0.651, 0.477, 0.444, 0.375, 0.337, 0.303, 0.293)
+    top1 = (0.615, 0.608, 0.649, 0.738, 0.754, 0.791, 0.813, 0.839, 0.845)
+    found = suggest_schedule(rows_of(steps, losses, top1), {"accuracy": 0.537, "loss": 0.980})
+    assert found.early == 100
+
+
 @pytest.mark.parametrize(
     ("peak", "verdict"), [(600, "confirms"), (50, "does NOT confirm"), (2000, "neither confirms nor refutes")]
 )

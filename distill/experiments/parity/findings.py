@@ -11,7 +11,9 @@ from distill.experiments.parity.arms import SOLVED, Picks, arm_name
 from distill.experiments.parity.runs import Arm, Curve
 from distill.experiments.parity.settings import Settings
 
-BUDGET_OF_LABELS = 9000  # steps within which R1's hard labels and one-shot must fail
+LABELS_FAIL = (
+    1.5  # times the teacher's own steps within which hard labels and one-shot must not arrive; R1: about 9000
+)
 Correlations = list[dict[int, dict[str, Any]]]
 
 
@@ -87,17 +89,16 @@ def claims(
             min(saved) > 0,
             _t(saved),
         ),
-        *[_fails_early(name, steps[name]) for name in ("hard", "one_shot")],
+        *[_fails_early(name, steps[name], own) for name in ("hard", "one_shot")],
         *[_later_than_inside(name, steps[name], steps["inside"]) for name in ("before", "after")],
         *_correlation_claims(settings, picks, correlations),
     ]
 
 
-def _fails_early(name: str, steps: list[float]) -> dict[str, Any]:
-    done = sum(step <= BUDGET_OF_LABELS for step in steps)
-    return _claim(
-        f"{name}: no seed at 95 % within {BUDGET_OF_LABELS} steps", f"{done} of {len(steps)}", not done
-    )
+def _fails_early(name: str, steps: list[float], own: list[float]) -> dict[str, Any]:
+    done = sum(step <= LABELS_FAIL * teacher for step, teacher in zip(steps, own, strict=True))
+    claim = f"{name}: no seed at 95 % within {LABELS_FAIL} x its teacher's own steps"
+    return _claim(claim, f"{done} of {len(steps)}", not done)
 
 
 def _later_than_inside(name: str, steps: list[float], inside: list[float]) -> dict[str, Any]:
@@ -112,8 +113,8 @@ def _later_than_inside(name: str, steps: list[float], inside: list[float]) -> di
 def _correlation_claims(
     settings: Settings, picks: list[Picks], correlations: Correlations
 ) -> list[dict[str, Any]]:
-    if settings.k == 1:
-        return []  # it has no lower degree
+    if settings.k in (1, settings.d):
+        return []  # no lower degree, or nothing off the support
     ratios = {
         name: [
             [at["inside"][m] / at["outside"][m] for m in range(1, settings.k)]

@@ -35,7 +35,8 @@ class FourierProbe:
 
     def _monomials(self, sets: list[tuple[int, ...]]) -> Tensor:
         """[sets, N]: the value of each on every sample."""
-        return torch.stack([self.x_ND[:, list(members)].prod(1) for members in sets])
+        values = [self.x_ND[:, list(members)].prod(1) for members in sets]
+        return torch.stack(values) if values else self.x_ND.new_zeros(0, len(self.x_ND))
 
     def correlations(self, logits_NC: Tensor) -> dict[str, dict[int, float]]:
         """Mean over sets of each degree, inside the support and off it."""

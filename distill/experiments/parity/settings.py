@@ -89,9 +89,10 @@ def _problems(s: Settings) -> list[str]:
         (all(seed >= 0 for seed in s.seeds), f"seeds must not be negative, got {s.seeds}"),
         (len(s.temperatures) > 0, "temperatures is empty: give e.g. [0]"),
         (all(t >= 0 for t in s.temperatures), f"temperatures must not be negative, got {s.temperatures}"),
+        (len(set(s.temperatures)) == len(s.temperatures), f"temperatures must be different numbers, got {s.temperatures}"),
         *[
             (getattr(s, key) > 0, f"{key} must be above 0, got {getattr(s, key)}")
-            for key in ("batch_size", "every", "early_steps", "validation_samples", "probe_samples")
+            for key in ("batch_size", "every", "early_steps", "early_distance", "validation_samples", "probe_samples")
         ],
         *[(n.steps > 0 and n.width > 0, f"{who}.steps and .width must be above 0, got {n}") for who, n in nets.items()],
         (
