@@ -18,6 +18,7 @@ from distill.config_reader import load_config
 from distill.experiments.arms import mean_and_spread, paired_t, steps_to, table, train_arm
 from distill.experiments.wiki_books import CONFIGS, arms
 from distill.run_folder import RunFolderError
+from distill.schedule import is_trajectory_step, make_schedule
 
 ROOT = Path(__file__).parent.parent
 TINY = tuple(
@@ -50,6 +51,20 @@ def test_the_arms_differ_in_teacher_objective_and_schedule_alone() -> None:
 def test_every_shipped_config_loads(path: Path) -> None:
     teacher = [] if "teacher" in path.stem else ["teacher.trajectory=t"]
     load_config([path], ["run_dir=r", "data.shards=s", *teacher])
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"), [((), 24_000), (("bert_60k",), 60_000), (("bert_120k",), 120_000)]
+)
+def test_the_papers_students_learn_from_every_8000th_checkpoint(budget: tuple[str, ...], steps: int) -> None:
+    teacher = load_config([CONFIGS / "bert_teacher.yaml"], ["run_dir=r", "data.shards=s"])
+    every, first = teacher.save.trajectory_every, teacher.save.trajectory_first
+    left = [step for step in range(1, teacher.steps + 1) if is_trajectory_step(step, every, first)]
+    files = [CONFIGS / f"{name}.yaml" for name in ("bert_student", *budget, "bert_progressive")]
+    config = load_config(files, ["run_dir=r", "data.shards=s", "teacher.trajectory=t"])
+    schedule = make_schedule(config.schedule, left, {}, config.steps, config.batch_size)
+    assert [stage.checkpoint for stage in schedule.stages] == list(range(8000, 120_001, 8000))
+    assert config.steps == steps
 
 
 def test_a_finished_run_of_other_settings_is_not_taken_for_the_one_asked_for(

@@ -54,6 +54,9 @@ def small(command: str) -> list[str]:
     words = command.split()
     if "train" in words or "slurm/train.sbatch" in words:
         words += SMALL + (TEACHER if "teacher.yaml" in command else ())
+        words += ("schedule.num_stages=0",) * (
+            "progressive.yaml" in command
+        )  # the paper's 15 need a teacher that long
     if "score" in words:  # its options come after all settings
         at = words.index("--out")
         words[at:at] = SMALL
