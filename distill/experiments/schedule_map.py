@@ -185,7 +185,7 @@ def plot(
         return
     height = 1.2 + 0.3 * len(names)
     figure, axes = pyplot.subplots(
-        1, len(found), figsize=(3 + 2.6 * len(found), height), sharey=True, squeeze=False,
+        1, len(found), figsize=(3 + 2.6 * len(found), height), sharex=True, sharey=True, squeeze=False,
         constrained_layout=True,
     )  # fmt: skip
     for axis, (cell, arms_found) in zip(axes[0], found.items(), strict=True):
@@ -197,7 +197,7 @@ def plot(
         axis.set(title=cell.title.replace(", ", "\n", 1), xlabel="points of top-1 over one-shot")
         axis.grid(alpha=0.3)
     axes[0][0].set_yticks(range(len(names)), [titles[name] for name in names])
-    axes[0][0].invert_yaxis()
+    axes[0][0].set_ylim(len(names) - 0.5, -0.5)  # in the tables' order
     save_figure(figure, path)
 
 
