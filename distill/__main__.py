@@ -88,9 +88,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="what every checkpoint of a trajectory knows: n-grams, loss by word frequency, calibration",
         formatter_class=raw,
         epilog="example: distill probe runs/teacher/trajectory runs/teacher/config.yaml --suggest-schedule\n"
-        "The settings give the data, as for `distill train`: data.shards, data.task, data.mask_rate, log.eval_samples.",
+        "         distill probe s3://bucket/teacher data.shards=shards teacher.cache=/scratch/cache\n"
+        "The settings give the data, as for `distill train`: data.shards, data.task, data.mask_rate, log.eval_samples;\n"
+        "teacher.cache: where checkpoints that lie elsewhere are kept.",
     )
-    probe.add_argument("trajectory", type=Path, help="folder with manifest.json")
+    probe.add_argument(
+        "trajectory",
+        help="folder or URL (s3://, gs://, az://, https://) with manifest.json; its files may lie elsewhere",
+    )
     probe.add_argument(
         "settings", nargs="*", metavar="FILE.yaml | key=value", help="at least data.shards=FOLDER"
     )

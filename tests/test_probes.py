@@ -25,6 +25,7 @@ from distill.models import Inputs, build_model, counted_rows
 from distill.probes.ngrams import choose_places, ngram_dependence
 from distill.probes.quality import BINS, bucket_names, chance, frequency_ranks, measure
 from distill.probes.transition import NoTransition, suggest_schedule
+from distill.trajectory.publish import publish
 
 SIZES_OF_NGRAMS = (2, 3, 5)
 
@@ -310,7 +311,7 @@ Ask = Callable[..., Ended]
 def probe(shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ask:
     """`distill probe` with few questions, in this process; settings come before options."""
 
-    def asked(trajectory: Path, out: Path, *more: str) -> Ended:
+    def asked(trajectory: Path | str, out: Path, *more: str) -> Ended:
         settings = [f"data.shards={shards}", *(word for word in more if "=" in word)]
         options = [*FEW, "--out", str(out), *(word for word in more if "=" not in word)]
         monkeypatch.setattr(sys, "argv", ["distill", "probe", str(trajectory), *settings, *options])
@@ -351,6 +352,29 @@ def test_what_is_probed_is_kept_and_other_questions_are_refused(
     assert "123.0000" not in probe(trajectory, out, "--steps", "8").ok().output
     other = probe(trajectory, out, "data.mask_rate=0.3")
     assert other.code == 2 and "its mask_rate is 0.15, now 0.3" in other.output
+
+
+@pytest.mark.parametrize("at", ["in object storage", "indexed from elsewhere"])
+def test_a_trajectory_that_lies_elsewhere_gets_the_figures_of_its_folder(
+    at: str, teacher_run: Path, bucket: str, probe: Ask, tmp_path: Path
+) -> None:
+    own = teacher_run / "trajectory"
+    publish(own, bucket)
+    where: Path | str = bucket
+    if at == "indexed from elsewhere":
+        where = tmp_path / "index"
+        where.mkdir()
+        manifest = json.loads((own / "manifest.json").read_text())
+        for checkpoint in manifest["checkpoints"]:
+            checkpoint["location"] = f"{bucket}/{checkpoint['location']}"
+        (where / "manifest.json").write_text(json.dumps(manifest))
+    few, cache = ("--steps", "8", "24", "log.eval_samples=16"), tmp_path / "cache"
+    here = probe(own, tmp_path / "here", *few).ok().output
+    assert probe(where, tmp_path / "there", *few, f"teacher.cache={cache}").ok().output == here
+    assert len(list(cache.rglob("model.safetensors"))) == 2
+    one, other = (json.loads((tmp_path / out / "probe.json").read_text()) for out in ("here", "there"))
+    assert one["checkpoints"] == other["checkpoints"] and other["questions"]["trajectory"] == str(where)
+    assert (tmp_path / "there" / "probe.png").stat().st_size > 10_000
 
 
 def test_a_trajectory_that_has_not_learned_gets_no_schedule(

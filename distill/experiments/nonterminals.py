@@ -147,7 +147,7 @@ def probe_nonterminals(
     manifest = load_manifest(trajectory)
     splits = {s: Samples(config.data, s, 0, shuffle=False) for s in ("train", "validation")}
     todo = [step for step in steps if str(step) not in found["checkpoints"]]
-    for step, model in checkpoints(manifest, config.data.task, splits["train"].sequence_length, todo):
+    for step, model in checkpoints(manifest, config, splits["train"].sequence_length, todo):
         probe = fit(read_sentences(model, splits["train"], study.train, study.batch), study)
         held_out = read_sentences(model, splits["validation"], study.validation, study.batch)
         found["checkpoints"][str(step)] = accuracies(probe, held_out, study.batch)

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from data_prep.progress import progress
-from distill.config import Config, TeacherConfig
+from distill.config import Config
 from distill.data import Samples
 from distill.distributed import World
 from distill.engine import own_part
@@ -43,7 +43,7 @@ class ProbeSettings:
 
 
 def probe(
-    trajectory: Path,
+    trajectory: str | Path,
     config: Config,
     settings: ProbeSettings,
     out: Path,
@@ -51,11 +51,13 @@ def probe(
 ) -> dict[str, Any]:
     """Ask every checkpoint, write `probe.json` and `probe.png` to `out`. Returns what probe.json holds.
 
+    trajectory: a folder or a URL (see `open_store`); what lies elsewhere comes through the cache of `config.teacher`.
     student: makes the model that is to learn; then also how much each knows, and how hard it is to follow.
 
     Raises:
         ValueError: (and its kinds) an empty trajectory, one of other token ids or task, n-grams that fit nowhere,
             an `out` that holds the answers to other questions.
+        StoreError: what storage could not do.
     """
     _check(settings)
     quiet_transformers()
@@ -79,7 +81,7 @@ def probe(
     asked = None
     if student and todo:
         asked = ask(samples, student(config, samples).eval(), ranks, config.log.eval_samples, micro)
-    models = checkpoints(manifest, config.data.task, samples.sequence_length, todo)
+    models = checkpoints(manifest, config, samples.sequence_length, todo)
     with progress("probe", len(steps), " checkpoints", len(steps) - len(todo)) as advance:
         for step, model in models:
             rows[step] = {
@@ -93,7 +95,7 @@ def probe(
             write_text(out / RESULTS, json.dumps(found, indent=1))
             advance(1)
     found["checkpoints"] = [rows[step] for step in steps]
-    plot(found["checkpoints"], settings.sizes, None, str(trajectory), out / PICTURE)
+    plot(found["checkpoints"], settings.sizes, None, manifest.url, out / PICTURE)
     return found
 
 
@@ -173,7 +175,7 @@ def _begun(out: Path, questions: dict[str, Any]) -> dict[str, Any]:
 
 
 def checkpoints(
-    manifest: Manifest, task: str, sequence_length: int, steps: Sequence[int]
+    manifest: Manifest, config: Config, sequence_length: int, steps: Sequence[int]
 ) -> Iterator[tuple[int, PreTrainedModel]]:
     """(teacher step, model) of each step: verified, fp32, on the GPU if there is one; the next is read meanwhile.
 
@@ -182,9 +184,10 @@ def checkpoints(
     if not steps:
         return
     alone = World(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    fetcher = make_fetcher(manifest, TeacherConfig(), alone)
+    fetcher = make_fetcher(manifest, config.teacher, alone)
     with fetcher.at_hand(steps[0], steps[1:]) as folder:
-        model = empty_model(task, folder, torch.float32, sequence_length).eval().to(device=alone.device)
+        model = empty_model(config.data.task, folder, torch.float32, sequence_length).eval()
+        model = model.to(device=alone.device)
         stream = CheckpointStream(fetcher, folder, model, own_part)
     try:
         for index, step in enumerate(steps):
