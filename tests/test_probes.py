@@ -133,8 +133,9 @@ def test_a_causal_models_ngram_is_replaced_and_nothing_else(shards: Path) -> Non
     assert found["robust_2"] == 0 and found["robust_3"] == 1
 
 
-def test_answers_do_not_depend_on_the_micro_batch(shards: Path) -> None:
-    samples, model = samples_of(shards), real_model("mlm", "bert")
+@pytest.mark.parametrize(("task", "architecture"), [("mlm", "bert"), ("clm", "gpt2")])
+def test_answers_do_not_depend_on_the_micro_batch(task: str, architecture: str, shards: Path) -> None:
+    samples, model = samples_of(shards, task), real_model(task, architecture)
     one, other = (medians(model, samples, micro=micro) for micro in (3, 36))
     assert one == pytest.approx(other, abs=1e-7)  # what float32 makes of a sum over the vocabulary
 
