@@ -71,6 +71,7 @@ def probe(
     learner = {"student": {**asdict(config.model), "seed": config.seed}} if student else {}
     found = _begun(out, _questions(manifest, config, settings, samples) | learner)
     found["chance"] = chance(samples, config.log.eval_samples, micro)
+    found |= {"last_step": max(manifest.checkpoints), "complete": manifest.complete}
     weights = {step: list(manifest.checkpoints[step].weights) for step in steps}
     rows = {
         row["step"]: row
@@ -117,10 +118,16 @@ def write_suggestion(found: dict[str, Any], sizes: Sequence[int], out: Path) -> 
 
     Raises:
         NoTransition: the trajectory shows none.
+        BadTrajectory: the teacher's run has not ended, so that nobody knows the final teacher.
     """
-    suggestion = suggest_schedule(found["checkpoints"], found["chance"])
-    write_text(out / SCHEDULE, suggestion.to_yaml())
     heading = found["questions"]["trajectory"]
+    if not found["complete"]:
+        raise BadTrajectory(
+            f"{heading}: the teacher's run has not ended, its newest checkpoint is step {found['last_step']}: let it end "
+            "and ask again, or choose both steps from the table, for schedule.kind=two_shot schedule.checkpoints=[EARLY,FINAL]"
+        )
+    suggestion = suggest_schedule(found["checkpoints"], found["chance"], final=found["last_step"])
+    write_text(out / SCHEDULE, suggestion.to_yaml())
     plot(found["checkpoints"], sizes, suggestion.early, heading, out / PICTURE)
     return suggestion
 
