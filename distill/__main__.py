@@ -118,6 +118,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--steps", type=int, nargs="+", default=[], metavar="STEP", help="teacher steps (default: all)"
     )
     probe.add_argument(
+        "--nonterminals",
+        action="store_true",
+        help="also how well its hidden states tell the grammar's symbols above each word: shards of `data_prep pcfg`",
+    )
+    probe.add_argument(
         "--select",
         action="store_true",
         help="pick one checkpoint by what it knows, and one by how easily the student of model.* follows it",
@@ -262,11 +267,13 @@ def run_probe(arguments: argparse.Namespace) -> None:
         ],
     )
     from distill.build import student_model
+    from distill.probes.nonterminals import NonterminalStudy
     from distill.probes.trajectory import SCHEDULE, ProbeSettings, probe, write_suggestion
     from distill.probes.trajectory import report as tables
 
     sizes = tuple(arguments.ngrams)
-    asked = ProbeSettings(sizes, arguments.sequences, arguments.places, tuple(arguments.steps))
+    grammar = NonterminalStudy() if arguments.nonterminals else None
+    asked = ProbeSettings(sizes, arguments.sequences, arguments.places, tuple(arguments.steps), grammar)
     student = student_model if arguments.select else None
     found = probe(arguments.trajectory, config, asked, arguments.out, student)
     print(tables(found, sizes))
