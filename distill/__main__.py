@@ -88,9 +88,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="what every checkpoint of a trajectory knows: n-grams, loss by word frequency, calibration",
         formatter_class=raw,
         epilog="example: distill probe runs/teacher/trajectory runs/teacher/config.yaml --suggest-schedule\n"
-        "The settings give the data, as for `distill train`: data.shards, data.task, data.mask_rate, log.eval_samples.",
+        "         distill probe s3://bucket/teacher data.shards=shards teacher.cache=/scratch/cache\n"
+        "The settings give the data, as for `distill train`: data.shards, data.task, data.mask_rate, log.eval_samples;\n"
+        "teacher.cache: where checkpoints that lie elsewhere are kept.",
     )
-    probe.add_argument("trajectory", type=Path, help="folder with manifest.json")
+    probe.add_argument(
+        "trajectory",
+        help="folder or URL (s3://, gs://, az://, https://) with manifest.json; its files may lie elsewhere",
+    )
     probe.add_argument(
         "settings", nargs="*", metavar="FILE.yaml | key=value", help="at least data.shards=FOLDER"
     )
@@ -111,6 +116,11 @@ def build_parser() -> argparse.ArgumentParser:
     probe.add_argument("--places", type=int, default=4, help="places in each of them (default 4)")
     probe.add_argument(
         "--steps", type=int, nargs="+", default=[], metavar="STEP", help="teacher steps (default: all)"
+    )
+    probe.add_argument(
+        "--nonterminals",
+        action="store_true",
+        help="also how well its hidden states tell the grammar's symbols above each word: shards of `data_prep pcfg`",
     )
     probe.add_argument(
         "--select",
@@ -257,11 +267,13 @@ def run_probe(arguments: argparse.Namespace) -> None:
         ],
     )
     from distill.build import student_model
+    from distill.probes.nonterminals import NonterminalStudy
     from distill.probes.trajectory import SCHEDULE, ProbeSettings, probe, write_suggestion
     from distill.probes.trajectory import report as tables
 
     sizes = tuple(arguments.ngrams)
-    asked = ProbeSettings(sizes, arguments.sequences, arguments.places, tuple(arguments.steps))
+    grammar = NonterminalStudy() if arguments.nonterminals else None
+    asked = ProbeSettings(sizes, arguments.sequences, arguments.places, tuple(arguments.steps), grammar)
     student = student_model if arguments.select else None
     found = probe(arguments.trajectory, config, asked, arguments.out, student)
     print(tables(found, sizes))

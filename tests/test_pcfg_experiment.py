@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from tiny import ROOT
 
 from data_prep.__main__ import main
@@ -21,7 +20,6 @@ from data_prep.spans import SpanReader, heights_of
 from distill.config import DataConfig, fields_of
 from distill.config_reader import ConfigError, load_config
 from distill.data import Samples
-from distill.experiments.nonterminals import NonterminalStudy, Sentences, accuracies, fit, majority
 from distill.experiments.pcfg import CONFIGS, SIZES, accuracy_at, arms, difference, prepare_data
 from distill.probes.transition import Suggestion
 
@@ -113,46 +111,6 @@ def test_the_difference_is_paired_by_seed() -> None:
     assert difference({"one_shot": found["one_shot"]}) == ""
 
 
-# ------------------------------------------------------------------------------------------------ non-terminals
-
-
-def made_sentences(number: int, seed: int, *, telling: bool) -> Sentences:
-    """Hidden states [number, 12, 16] that tell the ancestors (levels 1 and 2) of their word, or are noise."""
-    draw = torch.Generator().manual_seed(seed)
-    ancestors = torch.randint(3, (number, 12, 2), generator=draw)
-    hidden = torch.randn(number, 12, 16, generator=draw)
-    if telling:
-        hidden[..., :6] = 4.0 * torch.nn.functional.one_hot(ancestors, 3).flatten(2)
-    is_word = torch.arange(12).expand(number, 12) < torch.randint(6, 13, (number, 1), generator=draw)
-    return Sentences(hidden, is_word, ancestors, torch.where(is_word, 2, 0))
-
-
-STUDY = NonterminalStudy(epochs=30, batch=32)
-
-
-def test_what_hidden_states_tell_is_found_and_noise_is_not() -> None:
-    for telling in (True, False):
-        probe = fit(made_sentences(256, 0, telling=telling), STUDY)
-        held_out = made_sentences(128, 1, telling=telling)
-        words = accuracies(probe, held_out, 32)["words"]
-        assert len(words) == len(majority(held_out)) == 2
-        if telling:
-            assert min(words) > 0.9
-        else:
-            assert max(words) < max(majority(held_out)) + 5 * 0.5 / float(held_out.is_word.sum()) ** 0.5
-
-
-def test_padding_is_neither_seen_nor_counted() -> None:
-    plain = made_sentences(64, 0, telling=True)
-    hidden, ancestors = plain.hidden.clone(), plain.ancestors.clone()
-    hidden[~plain.is_word], ancestors[~plain.is_word] = 99.0, 2
-    spoilt = Sentences(hidden, plain.is_word, ancestors, plain.heights)
-    probe = fit(plain, STUDY)
-    assert accuracies(probe, plain, 32) == accuracies(probe, spoilt, 32)
-    for one, other in zip(probe.parameters(), fit(spoilt, STUDY).parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
 # ------------------------------------------------------------------------------------------------ the study
 
 SMALL = (
@@ -188,8 +146,10 @@ def test_the_study_goes_from_sentences_to_table_and_pictures_over_a_sigterm(tmp_
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["runs"]) == {"teacher", "one_shot", "progressive"}
     assert [row["step"] for row in results["probes"]["rows"]] == list(range(2, 25, 2))
-    assert len(results["probes"]["nonterminals"]["majority"]) == load_grammar("cfg3b", 3).levels
-    for name in ("curves.png", "nonterminals.png", "probe/probe.png"):
+    levels = load_grammar("cfg3b", 3).levels
+    assert len(results["probes"]["majority"]) == levels
+    assert all(len(row["nonterminals"]["ends"]) == levels for row in results["probes"]["rows"])
+    for name in ("curves.png", "probe/nonterminals.png", "probe/probe.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
 

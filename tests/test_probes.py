@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import LENGTH, SIZES, TOKENIZER, VOCABULARY, Ended
+from tiny import LENGTH, SIZES, TOKENIZER, VOCABULARY
 from torch import nn
 
 from data_prep.shards import write_shards
-from distill.__main__ import main
 from distill.config import DataConfig
 from distill.config_reader import load_config
 from distill.data import Samples
@@ -132,8 +128,9 @@ def test_a_causal_models_ngram_is_replaced_and_nothing_else(shards: Path) -> Non
     assert found["robust_2"] == 0 and found["robust_3"] == 1
 
 
-def test_answers_do_not_depend_on_the_micro_batch(shards: Path) -> None:
-    samples, model = samples_of(shards), real_model("mlm", "bert")
+@pytest.mark.parametrize(("task", "architecture"), [("mlm", "bert"), ("clm", "gpt2")])
+def test_answers_do_not_depend_on_the_micro_batch(task: str, architecture: str, shards: Path) -> None:
+    samples, model = samples_of(shards, task), real_model(task, architecture)
     one, other = (medians(model, samples, micro=micro) for micro in (3, 36))
     assert one == pytest.approx(other, abs=1e-7)  # what float32 makes of a sum over the vocabulary
 
@@ -275,6 +272,15 @@ def test_the_fall_to_the_plateau_of_frequencies_is_not_the_transition() -> None:
     assert found.early == 100
 
 
+def test_the_final_teacher_is_the_last_of_the_trajectory_not_of_the_steps_asked() -> None:
+    found = suggest_schedule(rows_of(STEPS[:8], LOSSES[:8], TOP1[:8]), CHANCE, final=2000)
+    assert (found.early, found.final) == (800, 2000)
+    assert (
+        found.reasons[-1]
+        == "then the final teacher, step 2000, for 90% of the budget; the steps asked end at 1000"
+    )
+
+
 @pytest.mark.parametrize(
     ("peak", "verdict"), [(600, "confirms"), (50, "does NOT confirm"), (2000, "neither confirms nor refutes")]
 )
@@ -305,96 +311,3 @@ def test_a_trajectory_without_a_usable_transition_is_told_what_to_do(
 ) -> None:
     with pytest.raises(NoTransition, match=message):
         suggest_schedule(rows, CHANCE)
-
-
-# ------------------------------------------------------------------------------------------------ the command
-
-FEW = ("--ngrams", "2", "3", "--sequences", "8", "--places", "2")
-
-
-Ask = Callable[..., Ended]
-
-
-@pytest.fixture
-def probe(shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """`distill probe` with few questions, in this process; settings come before options."""
-
-    def asked(trajectory: Path, out: Path, *more: str) -> Ended:
-        settings = [f"data.shards={shards}", *(word for word in more if "=" in word)]
-        options = [*FEW, "--out", str(out), *(word for word in more if "=" not in word)]
-        monkeypatch.setattr(sys, "argv", ["distill", "probe", str(trajectory), *settings, *options])
-        code = main()
-        return Ended(code, "".join(capsys.readouterr()))
-
-    return asked
-
-
-def test_a_trajectory_is_probed_into_table_json_and_picture_and_its_losses_are_those_of_its_run(
-    teacher_run: Path, probe: Ask, tmp_path: Path
-) -> None:
-    trajectory, out = teacher_run / "trajectory", tmp_path / "out"
-    shown = probe(trajectory, out, "log.eval_samples=16").ok().output
-    found = json.loads((out / "probe.json").read_text())
-    assert [row["step"] for row in found["checkpoints"]] == [2, 4, 8, 16, 24]
-    manifest = json.loads((trajectory / "manifest.json").read_text())
-    recorded = {c["step"]: c["validation_loss"] for c in manifest["checkpoints"]}
-    assert {r["step"]: r["loss"] for r in found["checkpoints"]} == pytest.approx(recorded, rel=1e-5)
-    assert "| step | loss | top-1 | Brier | ECE | M_robust(2) | M_close(2) |" in shown
-    assert "| step | rank 1-10 | rank 11-100 | rank 101-128 |" in shown
-    assert (out / "probe.png").stat().st_size > 10_000
-
-
-def test_what_is_probed_is_kept_and_other_questions_are_refused(
-    teacher_run: Path, probe: Ask, tmp_path: Path
-) -> None:
-    trajectory, out = teacher_run / "trajectory", tmp_path / "out"
-    probe(trajectory, out, "--steps", "8").ok()
-    content = json.loads((out / "probe.json").read_text())
-    content["checkpoints"][0]["loss"] = 123.0  # so that we see whether it is asked again
-    (out / "probe.json").write_text(json.dumps(content))
-    again = probe(trajectory, out, "--steps", "8", "16").ok()
-    assert "| 8 | 123.0000 |" in again.output and "| 16 |" in again.output
-    assert probe(trajectory, out, "--steps", "8", "16").ok().output == again.output  # nothing is left to do
-    content["checkpoints"][0]["weights"] = ["of another run"]
-    (out / "probe.json").write_text(json.dumps(content))
-    assert "123.0000" not in probe(trajectory, out, "--steps", "8").ok().output
-    other = probe(trajectory, out, "data.mask_rate=0.3")
-    assert other.code == 2 and "its mask_rate is 0.15, now 0.3" in other.output
-
-
-def test_a_trajectory_that_has_not_learned_gets_no_schedule(
-    teacher_run: Path, probe: Ask, tmp_path: Path
-) -> None:
-    ended = probe(teacher_run / "trajectory", tmp_path / "out", "--suggest-schedule")
-    assert ended.code == 2 and "this teacher has not learned yet" in ended.output
-    assert "| 24 |" in ended.output and not (tmp_path / "out" / "schedule.yaml").exists()
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (("--steps", "3"), "has no teacher step 3; it has [2, 4, 8, 16, 24]"),
-        (("data.task=clm",), "holds a bert, a model for mlm, not for clm"),
-        (("--ngrams", "1"), "--ngrams [1]: numbers of 2 or more expected"),
-        (("--places", "0"), "must be at least 1, got 8 and 0"),
-    ],
-)
-def test_bad_questions_are_told_what_to_change(
-    more: tuple[str, ...], message: str, teacher_run: Path, probe: Ask, tmp_path: Path
-) -> None:
-    ended = probe(teacher_run / "trajectory", tmp_path / "out", *more)
-    assert ended.code == 2 and message in ended.output
-
-
-def test_an_empty_trajectory_and_one_of_another_tokenizer_are_refused(
-    teacher_run: Path, probe: Ask, tmp_path: Path
-) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    manifest = json.loads((teacher_run / "trajectory" / "manifest.json").read_text())
-    (empty / "manifest.json").write_text(json.dumps({**manifest, "checkpoints": []}))
-    ended = probe(empty, tmp_path / "out")
-    assert ended.code == 2 and "has no checkpoint after step 0" in ended.output
-    (empty / "manifest.json").write_text(json.dumps({**manifest, "tokenizer_sha256": "6" * 64}))
-    ended = probe(empty, tmp_path / "out")
-    assert ended.code == 2 and "the teacher was trained with tokenizer 666666666666" in ended.output

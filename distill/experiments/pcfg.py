@@ -19,10 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot
-
 from data_prep.grammars import NAMES
-from distill.config_reader import load_config
 from distill.experiments.arms import (
     Arm,
     curve,
@@ -30,13 +27,12 @@ from distill.experiments.arms import (
     paired_t,
     plot,
     run_command,
-    save_figure,
     save_results,
     table,
     told,
     train_arm,
 )
-from distill.experiments.nonterminals import NonterminalStudy, probe_nonterminals
+from distill.probes.report import nonterminal_table
 from distill.probes.trajectory import RESULTS, ProbeSettings
 from distill.probes.transition import Suggestion, suggest_schedule
 
@@ -95,19 +91,12 @@ def prepare_data(out: Path, size: Size, grammar: str, workers: int) -> Path:
 
 
 def probe_teacher(teacher: Path, out: Path, sentences: int) -> dict[str, Any]:
-    """n-gram and non-terminal probes of every checkpoint. Returns {"rows", "chance", "nonterminals"}."""
-    trajectory = teacher / "trajectory"
-    asked = ("--sequences", str(sentences), "--places", str(ProbeSettings.places))
-    run_command(
-        "distill", "probe", str(trajectory), str(teacher / "config.yaml"), "--out", str(out / "probe"), *asked
-    )
+    """n-gram and non-terminal probes of every checkpoint. Returns {"rows", "chance", "majority"}."""
+    asked = ("--nonterminals", "--sequences", str(sentences), "--places", str(ProbeSettings.places))
+    run_command("distill", "probe", str(teacher / "trajectory"), str(teacher / "config.yaml"),
+                "--out", str(out / "probe"), *asked)  # fmt: skip
     found = json.loads((out / "probe" / RESULTS).read_text())
-    steps = [row["step"] for row in found["checkpoints"]]
-    config = load_config([teacher / "config.yaml"], [])
-    levels = probe_nonterminals(
-        trajectory, config, steps, out / "probe" / "nonterminals.json", NonterminalStudy()
-    )
-    return {"rows": found["checkpoints"], "chance": found["chance"], "nonterminals": levels}
+    return {"rows": found["checkpoints"], "chance": found["chance"], "majority": found["majority"]}
 
 
 def study(arguments: argparse.Namespace) -> str:
@@ -142,11 +131,10 @@ def study(arguments: argparse.Namespace) -> str:
         out / f"curves{shorter}.png",
         f"PCFG, {arguments.size}, {task}, student seeds {arguments.seeds}",
     )
-    plot_nonterminals(probed["nonterminals"], steps, out / "nonterminals.png")
     parts = [
         table(results, titles, COLUMNS),
         difference(results),
-        nonterminal_table(probed["nonterminals"], steps),
+        nonterminal_table(probed["rows"], probed["majority"]),
         f"pictures: {out}/*.png, {out}/probe   figures: {out}/results{shorter}.json",
     ]
     return "\n\n".join(part for part in parts if part)
@@ -182,34 +170,6 @@ def difference(results: dict[str, Any]) -> str:
         return line
     mean, spread = mean_and_spread(points)
     return f"{line}, mean {mean:+.2f} ± {spread:.2f}, paired t = {paired_t(points):.2f} ({len(points) - 1} degrees of freedom)"
-
-
-def nonterminal_table(found: dict[str, Any], steps: Sequence[int]) -> str:
-    """A Markdown line a checkpoint: how often the ancestor on each level is named right, at the ends of its spans."""
-    levels = range(1, 1 + len(found["majority"]))
-    lines = [
-        "| teacher step | " + " | ".join(f"level {level}" for level in levels) + " |",
-        "|---" * (1 + len(levels)) + "|",
-    ]
-    rows = {"commonest symbol": found["majority"]}
-    rows |= {str(step): found["checkpoints"][str(step)]["ends"] for step in steps}
-    return "\n".join(
-        [*lines, *(f"| {name} | " + " | ".join(f"{v:.3f}" for v in row) + " |" for name, row in rows.items())]
-    )
-
-
-def plot_nonterminals(found: dict[str, Any], steps: Sequence[int], path: Path) -> None:
-    """Accuracy on each level over the teacher's steps, as a PNG."""
-    figure, axis = pyplot.subplots(figsize=(6, 4), constrained_layout=True)
-    for level in range(len(found["majority"])):
-        values = [found["checkpoints"][str(step)]["ends"][level] for step in steps]
-        axis.plot(steps, values, marker=".", label=f"level {level + 1}")
-    axis.set(
-        xscale="log", xlabel="teacher steps", ylabel="non-terminal named right, at the ends of its spans"
-    )
-    axis.grid(alpha=0.3)
-    axis.legend()
-    save_figure(figure, path)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -74,12 +74,14 @@ def ngram_dependence(
 ) -> dict[str, list[float]]:
     """Lower quartile, median and upper quartile over the places of `robust_n` and `close_n`, for every n in sizes."""
     found: dict[str, list[Tensor]] = {f"{kind}_{n}": [] for n in sizes for kind in ("robust", "close")}
+    others_KL = _random_words(places, samples)
     for first in range(0, len(places.at_K), micro):
-        part = Places(places.tokens_KL[first : first + micro], places.at_K[first : first + micro])
+        chunk = slice(first, first + micro)
+        part = Places(places.tokens_KL[chunk], places.at_K[chunk])
         questions = (
             _masked(part, samples, sizes)
             if samples.config.task == "mlm"
-            else _causal(part, samples, sizes, first)
+            else _causal(part, samples, sizes, others_KL[chunk])
         )
         _, inputs = next(questions)
         whole = _predict(model, inputs, part, samples)
@@ -121,19 +123,24 @@ def _masked(places: Places, samples: Samples, sizes: Sequence[int]) -> Iterator[
         yield f"close_{n}", asked(~in_ngram)
 
 
+def _random_words(places: Places, samples: Samples) -> Ints:
+    """int64 [K, L] words of these sequences, for all places at once: whatever the chunks, the same ones hide an n-gram."""
+    tokens = places.tokens_KL
+    words = tokens[~np.isin(tokens, special_ids(samples.tokenizer))]
+    return np.random.default_rng(_SEED).choice(words, tokens.shape)
+
+
 def _causal(
-    places: Places, samples: Samples, sizes: Sequence[int], first: int
+    places: Places, samples: Samples, sizes: Sequence[int], others_KL: Ints
 ) -> Iterator[tuple[str, Inputs]]:
     """The sequences as they are, then, by name, with the n-gram replaced and with all before it out of sight."""
     tokens = places.tokens_KL
     offset = np.arange(tokens.shape[1]) - places.at_K[:, None]
-    words = tokens[~np.isin(tokens, special_ids(samples.tokenizer))]
-    others = np.random.default_rng([_SEED, first]).choice(words, tokens.shape)
     mask, positions = _attention(tokens, samples)
     yield "", Inputs(torch.from_numpy(tokens), mask, positions)
     for n in sizes:
         in_ngram = (offset < 0) & (offset > -n)
-        yield f"robust_{n}", Inputs(torch.from_numpy(np.where(in_ngram, others, tokens)), mask, positions)
+        yield f"robust_{n}", Inputs(torch.from_numpy(np.where(in_ngram, others_KL, tokens)), mask, positions)
         yield f"close_{n}", Inputs(torch.from_numpy(tokens), _only_from(offset > -n, mask), positions)
 
 

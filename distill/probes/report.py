@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from distill.probes.selectors import picks
 
@@ -73,6 +74,37 @@ def plot(rows: Sequence[Row], sizes: Sequence[int], picked: int | None, heading:
             axis.axvline(picked, color="black", linestyle="--", linewidth=1, label=f"suggested: {picked}")
         axis.legend()
     figure.suptitle(heading)
+    _save(figure, path)
+
+
+def nonterminal_table(rows: Sequence[Row], majority: Sequence[float]) -> str:
+    """A Markdown line a checkpoint: how often the ancestor on each level is named right, at the ends of its spans."""
+    shown = {"commonest symbol": majority} | {str(row["step"]): row["nonterminals"]["ends"] for row in rows}
+    lines = [
+        f"| step | {' | '.join(f'level {k + 1}' for k in range(len(majority)))} |",
+        "|---" * (1 + len(majority)) + "|",
+    ]
+    lines += [f"| {name} | {' | '.join(f'{v:.3f}' for v in values)} |" for name, values in shown.items()]
+    return "\n".join(lines)
+
+
+def plot_nonterminals(rows: Sequence[Row], heading: str, path: Path) -> None:
+    """What `nonterminal_table` shows, over the teacher's steps (log scale), as a PNG."""
+    figure, axis = pyplot.subplots(figsize=(6, 4), constrained_layout=True)
+    steps = [row["step"] for row in rows]
+    for level, values in enumerate(zip(*(row["nonterminals"]["ends"] for row in rows), strict=True), 1):
+        axis.plot(steps, values, marker=".", label=f"level {level}")
+    axis.set(
+        xscale="log", xlabel="teacher steps", ylabel="non-terminal named right, at the ends of its spans"
+    )
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.suptitle(heading)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a PNG whole or not at all, and close the figure."""
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
     temporary.replace(path)

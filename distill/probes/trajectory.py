@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from data_prep.progress import progress
-from distill.config import Config, TeacherConfig
+from distill.config import Config
 from distill.data import Samples
 from distill.distributed import World
 from distill.engine import own_part
@@ -20,8 +21,22 @@ from distill.files import write_text
 from distill.models import quiet_transformers
 from distill.pretrained import empty_model
 from distill.probes.ngrams import choose_places, ngram_dependence
+from distill.probes.nonterminals import (
+    NonterminalQuestion,
+    NonterminalStudy,
+    ask_nonterminals,
+    majority,
+    nonterminal_figures,
+)
 from distill.probes.quality import chance, frequency_ranks, measure
-from distill.probes.report import bucket_table, plot, selector_table, table
+from distill.probes.report import (
+    bucket_table,
+    nonterminal_table,
+    plot,
+    plot_nonterminals,
+    selector_table,
+    table,
+)
 from distill.probes.selectors import ask, select_figures
 from distill.probes.transition import Suggestion, suggest_schedule
 from distill.teacher import check_vocabulary
@@ -29,7 +44,10 @@ from distill.trajectory.manifest import BadTrajectory, Manifest, load_manifest
 from distill.trajectory.stream import CheckpointStream, make_fetcher
 
 RESULTS, PICTURE, SCHEDULE = "probe.json", "probe.png", "schedule.yaml"
+NONTERMINALS = "nonterminals.png"
 _MICRO = 64  # sequences a forward, unless micro_batch_size says otherwise
+_LATER = ("student", "nonterminals")  # questions that may be added to those of an earlier run
+Figures = Callable[[PreTrainedModel], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -40,22 +58,25 @@ class ProbeSettings:
     sequences: int = 128  # with places where n-grams are hidden
     places: int = 4  # in each of these
     steps: tuple[int, ...] = ()  # of the teacher; none: all
+    nonterminals: NonterminalStudy | None = None  # of shards with parse spans
 
 
 def probe(
-    trajectory: Path,
+    trajectory: str | Path,
     config: Config,
     settings: ProbeSettings,
     out: Path,
     student: Callable[[Config, Samples], PreTrainedModel] | None = None,
 ) -> dict[str, Any]:
-    """Ask every checkpoint, write `probe.json` and `probe.png` to `out`. Returns what probe.json holds.
+    """Ask every checkpoint, write `probe.json` and pictures to `out`. Returns what probe.json holds.
 
+    trajectory: a folder or a URL (see `open_store`); what lies elsewhere comes through the cache of `config.teacher`.
     student: makes the model that is to learn; then also how much each knows, and how hard it is to follow.
 
     Raises:
         ValueError: (and its kinds) an empty trajectory, one of other token ids or task, n-grams that fit nowhere,
-            an `out` that holds the answers to other questions.
+            shards without parse spans, an `out` that holds the answers to other questions.
+        StoreError: what storage could not do.
     """
     _check(settings)
     quiet_transformers()
@@ -63,38 +84,59 @@ def probe(
     samples = Samples(config.data, "validation", 0, shuffle=False)
     check_vocabulary(manifest, samples.tokenizer)
     steps = _steps(manifest, settings)
-    micro = config.micro_batch_size or _MICRO
-    places = choose_places(samples, settings.sequences, settings.places, settings.sizes)
-    ranks = frequency_ranks(Samples(config.data, "train", 0, shuffle=False).reader)
-    learner = {"student": {**asdict(config.model), "seed": config.seed}} if student else {}
-    found = _begun(out, _questions(manifest, config, settings, samples) | learner)
-    found["chance"] = chance(samples, config.log.eval_samples, micro)
+    grammar = ask_nonterminals(config.data, settings.nonterminals) if settings.nonterminals else None
+    asked = _asked(config, settings, samples, student, grammar)
+    later = {"student": {**asdict(config.model), "seed": config.seed}} if student else {}
+    if grammar:
+        later["nonterminals"] = {**asdict(grammar.study), "train": grammar.samples.fingerprint}
+    found = _begun(out, _questions(manifest, config, settings, samples) | later)
+    found["chance"] = chance(samples, config.log.eval_samples, config.micro_batch_size or _MICRO)
+    found |= {"last_step": max(manifest.checkpoints), "complete": manifest.complete}
+    if grammar:
+        found["majority"] = majority(grammar.held_out)
     weights = {step: list(manifest.checkpoints[step].weights) for step in steps}
-    rows = {
-        row["step"]: row
-        for row in found["checkpoints"]
-        if weights.get(row["step"], row["weights"]) == row["weights"]
-    }
-    todo = [step for step in steps if step not in rows]
-    asked = None
-    if student and todo:
-        asked = ask(samples, student(config, samples).eval(), ranks, config.log.eval_samples, micro)
-    models = checkpoints(manifest, config.data.task, samples.sequence_length, todo)
+    rows = _known_rows(found, weights)
+    todo = [step for step in steps if asked.keys() - rows.get(step, {}).keys()]
+    models = checkpoints(manifest, config, samples.sequence_length, todo)
     with progress("probe", len(steps), " checkpoints", len(steps) - len(todo)) as advance:
         for step, model in models:
-            rows[step] = {
-                "step": step,
-                "weights": weights[step],
-                **measure(model, samples, ranks, config.log.eval_samples, micro),
-                **ngram_dependence(model, samples, places, settings.sizes, micro),
-                **(select_figures(model, asked) if asked else {}),
-            }
+            row = rows.setdefault(step, {"step": step, "weights": weights[step]})
+            for key, figures in asked.items():
+                if key not in row:
+                    row |= figures(model)
             found["checkpoints"] = [rows[done] for done in sorted(rows)]
             write_text(out / RESULTS, json.dumps(found, indent=1))
             advance(1)
     found["checkpoints"] = [rows[step] for step in steps]
-    plot(found["checkpoints"], settings.sizes, None, str(trajectory), out / PICTURE)
+    plot(found["checkpoints"], settings.sizes, None, manifest.url, out / PICTURE)
+    if grammar:
+        plot_nonterminals(found["checkpoints"], manifest.url, out / NONTERMINALS)
     return found
+
+
+def _asked(
+    config: Config,
+    settings: ProbeSettings,
+    samples: Samples,
+    student: Callable[[Config, Samples], PreTrainedModel] | None,
+    grammar: NonterminalQuestion | None,
+) -> dict[str, Figures]:
+    """What every checkpoint is asked, by a key that its row has if it was."""
+    limit, micro = config.log.eval_samples, config.micro_batch_size or _MICRO
+    places = choose_places(samples, settings.sequences, settings.places, settings.sizes)
+    ranks = frequency_ranks(Samples(config.data, "train", 0, shuffle=False).reader)
+
+    def basic(model: PreTrainedModel) -> dict[str, Any]:
+        figures = measure(model, samples, ranks, limit, micro)
+        return {**figures, **ngram_dependence(model, samples, places, settings.sizes, micro)}
+
+    asked: dict[str, Figures] = {"loss": basic}
+    if student:
+        learner = cache(lambda: ask(samples, student(config, samples).eval(), ranks, limit, micro))
+        asked["complexity"] = lambda model: select_figures(model, learner())
+    if grammar:
+        asked["nonterminals"] = lambda model: {"nonterminals": nonterminal_figures(model, grammar)}
+    return asked
 
 
 def report(found: dict[str, Any], sizes: Sequence[int]) -> str:
@@ -105,8 +147,13 @@ def report(found: dict[str, Any], sizes: Sequence[int]) -> str:
         "knowing frequencies alone: loss {loss:.4f}, top-1 {accuracy:.4f}".format(**found["chance"]),
     ]
     parts += ["log-loss / top-1 by the label's frequency rank", bucket_table(rows)]
-    if "student" in found["questions"]:
+    if all("complexity" in row for row in rows):
         parts += ["information (nats) and supervision complexity", selector_table(rows)]
+    if all("nonterminals" in row for row in rows):
+        parts += [
+            "non-terminals named right, at the ends of their spans",
+            nonterminal_table(rows, found["majority"]),
+        ]
     return "\n\n".join(parts)
 
 
@@ -115,10 +162,16 @@ def write_suggestion(found: dict[str, Any], sizes: Sequence[int], out: Path) -> 
 
     Raises:
         NoTransition: the trajectory shows none.
+        BadTrajectory: the teacher's run has not ended, so that nobody knows the final teacher.
     """
-    suggestion = suggest_schedule(found["checkpoints"], found["chance"])
-    write_text(out / SCHEDULE, suggestion.to_yaml())
     heading = found["questions"]["trajectory"]
+    if not found["complete"]:
+        raise BadTrajectory(
+            f"{heading}: the teacher's run has not ended, its newest checkpoint is step {found['last_step']}: let it end "
+            "and ask again, or choose both steps from the table, for schedule.kind=two_shot schedule.checkpoints=[EARLY,FINAL]"
+        )
+    suggestion = suggest_schedule(found["checkpoints"], found["chance"], final=found["last_step"])
+    write_text(out / SCHEDULE, suggestion.to_yaml())
     plot(found["checkpoints"], sizes, suggestion.early, heading, out / PICTURE)
     return suggestion
 
@@ -147,7 +200,7 @@ def _questions(
     manifest: Manifest, config: Config, settings: ProbeSettings, samples: Samples
 ) -> dict[str, Any]:
     """All that decides the answers."""
-    asked = {key: value for key, value in asdict(settings).items() if key != "steps"}
+    asked = {key: value for key, value in asdict(settings).items() if key not in ("steps", *_LATER)}
     data = {key: value for key, value in asdict(config.data).items() if key not in ("shards", "num_workers")}
     return {
         "trajectory": manifest.url,
@@ -158,12 +211,14 @@ def _questions(
 
 
 def _begun(out: Path, questions: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier run found, or nothing yet."""
+    """What an earlier run found, or nothing yet. What is asked for the first time joins its questions."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / RESULTS).exists():
         return {"questions": questions, "checkpoints": []}
     found: dict[str, Any] = json.loads((out / RESULTS).read_text(encoding="utf-8"))
     for key, value in questions.items():
+        if key in _LATER:
+            found["questions"].setdefault(key, value)
         if found["questions"].get(key) != value:
             raise ValueError(
                 f"{out / RESULTS} answers another question: its {key} is {found['questions'].get(key)!r}, now {value!r}; "
@@ -172,8 +227,14 @@ def _begun(out: Path, questions: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _known_rows(found: dict[str, Any], weights: dict[int, list[str]]) -> dict[int, dict[str, Any]]:
+    """What an earlier run found, by step; not of checkpoints that have other weights now."""
+    rows = {row["step"]: row for row in found["checkpoints"]}
+    return {step: row for step, row in rows.items() if weights.get(step, row["weights"]) == row["weights"]}
+
+
 def checkpoints(
-    manifest: Manifest, task: str, sequence_length: int, steps: Sequence[int]
+    manifest: Manifest, config: Config, sequence_length: int, steps: Sequence[int]
 ) -> Iterator[tuple[int, PreTrainedModel]]:
     """(teacher step, model) of each step: verified, fp32, on the GPU if there is one; the next is read meanwhile.
 
@@ -182,9 +243,10 @@ def checkpoints(
     if not steps:
         return
     alone = World(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    fetcher = make_fetcher(manifest, TeacherConfig(), alone)
+    fetcher = make_fetcher(manifest, config.teacher, alone)
     with fetcher.at_hand(steps[0], steps[1:]) as folder:
-        model = empty_model(task, folder, torch.float32, sequence_length).eval().to(device=alone.device)
+        model = empty_model(config.data.task, folder, torch.float32, sequence_length).eval()
+        model = model.to(device=alone.device)
         stream = CheckpointStream(fetcher, folder, model, own_part)
     try:
         for index, step in enumerate(steps):

@@ -46,12 +46,16 @@ class Suggestion:
 
 
 def suggest_schedule(
-    rows: Sequence[Mapping[str, Any]], chance: Mapping[str, float], early_share: float = 0.1
+    rows: Sequence[Mapping[str, Any]],
+    chance: Mapping[str, float],
+    early_share: float = 0.1,
+    final: int | None = None,
 ) -> Suggestion:
     """The checkpoint inside the transition, by the rows of `distill probe` (one a checkpoint, in order of steps).
 
     Args:
         chance: accuracy and loss of a model that knows the frequencies of words alone.
+        final: the trajectory's last step, if `rows` may end before it.
 
     Raises:
         NoTransition: too few checkpoints, none above chance, or the fall lies before the first one.
@@ -66,8 +70,9 @@ def suggest_schedule(
     able = [row["accuracy"] > bar and row["loss"] < chance["loss"] for row in rows]
     if not able[-1]:
         raise NoTransition(
-            f"the final checkpoint, top-1 {rows[-1]['accuracy']:.3f} and loss {losses[-1]:.3f}, is no better than knowing "
-            f"the frequencies of words, {bar:.3f} and {chance['loss']:.3f}: this teacher has not learned yet"
+            f"the last checkpoint asked, step {steps[-1]}, top-1 {rows[-1]['accuracy']:.3f} and loss {losses[-1]:.3f}, "
+            f"is no better than knowing the frequencies of words, {bar:.3f} and {chance['loss']:.3f}: "
+            "this teacher has not learned yet"
         )
     fallen = [(losses[0] - loss) / max(losses[0] - min(losses), 1e-12) for loss in losses]
     candidates = [i for i in range(len(rows) - 1) if able[i] and fallen[i] < _SETTLED]
@@ -91,9 +96,10 @@ def suggest_schedule(
         f"{SIGMAS} sigma, {chance['loss']:.3f}), so that it is no noise of the first steps; passed over as such: "
         f"{[s for s, a in zip(steps, able, strict=True) if not a]}",
         *_probe_reasons(rows, steps[best]),
-        f"then the final teacher, step {steps[-1]}, for {1 - early_share:.0%} of the budget",
+        f"then the final teacher, step {final or steps[-1]}, for {1 - early_share:.0%} of the budget"
+        + (f"; the steps asked end at {steps[-1]}" if final not in (None, steps[-1]) else ""),
     )
-    return Suggestion(steps[best], steps[-1], early_share, reasons)
+    return Suggestion(steps[best], final or steps[-1], early_share, reasons)
 
 
 def _probe_reasons(rows: Sequence[Mapping[str, Any]], picked: int) -> list[str]:

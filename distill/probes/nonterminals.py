@@ -6,11 +6,8 @@ through heads that mix positions without looking at content, then a linear layer
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from data_prep.spans import SpanReader, ancestors_of, heights_of
-from distill.config import Config, OptimConfig
+from distill.config import DataConfig, OptimConfig
 from distill.data import Samples, attention, special_ids
-from distill.files import write_text
-from distill.models import Inputs, counted_rows, quiet_transformers
-from distill.probes.trajectory import checkpoints
+from distill.models import Inputs, counted_rows
 from distill.schedule import learning_rate
-from distill.trajectory.manifest import load_manifest
 
 SYMBOLS = 3  # on every level
 _HEADS, _POSITION_WIDTH = 16, 16
@@ -60,26 +54,64 @@ class Probe(nn.Module):
 
 @dataclass(frozen=True)
 class Sentences:
-    """Hidden states [S, L, D], words [S, L] bool, ancestors [S, L, levels] in 0..2, heights [S, L]."""
+    """Tokens [S, L] int64, words [S, L] bool, ancestors [S, L, levels] in 0..2, heights [S, L]."""
 
-    hidden: Tensor
+    tokens: np.ndarray
     is_word: Tensor
     ancestors: Tensor
     heights: Tensor
 
 
-@torch.no_grad()
-def read_sentences(model: PreTrainedModel, samples: Samples, number: int, batch: int) -> Sentences:
-    """The model's last hidden states, no word masked, of `number` sentences spread over the split."""
+@dataclass(frozen=True)
+class NonterminalQuestion:
+    """What is the same for all checkpoints."""
+
+    study: NonterminalStudy
+    samples: Samples  # of either split: they say how a model reads the sentences
+    train: Sentences
+    held_out: Sentences
+
+
+def ask_nonterminals(data: DataConfig, study: NonterminalStudy) -> NonterminalQuestion:
+    """Sentences spread over both splits, with their labels.
+
+    Raises:
+        ValueError: the shards come without parse spans.
+    """
+    train, validation = (Samples(data, split, 0, shuffle=False) for split in ("train", "validation"))
+    try:
+        sentences = read_sentences(train, study.train), read_sentences(validation, study.validation)
+    except ValueError as error:
+        raise ValueError(f"--nonterminals: {error}") from error
+    return NonterminalQuestion(study, train, *sentences)
+
+
+def nonterminal_figures(model: PreTrainedModel, asked: NonterminalQuestion) -> dict[str, list[float]]:
+    """`accuracies` of a fresh probe of this model, trained and judged on the model's device."""
+    study, samples = asked.study, asked.samples
+    probe = fit(hidden_states(model, samples, asked.train, study.batch), asked.train, study, model.device)
+    hidden_SLD = hidden_states(model, samples, asked.held_out, study.batch)
+    return accuracies(probe, hidden_SLD, asked.held_out, study.batch)
+
+
+def read_sentences(samples: Samples, number: int) -> Sentences:
+    """`number` sentences spread over the split. Raises ValueError if there are no spans beside its shards."""
     spans = SpanReader(samples.config.shards, samples.reader.split)
     ids = np.arange(min(number, len(samples))) * len(samples) // min(number, len(samples))
     tokens = np.stack([samples.reader[int(i)] for i in ids]).astype(np.int64)
     codes = np.stack([spans[int(i)] for i in ids])
-    hidden = [_hidden(model, samples, tokens[first : first + batch]) for first in range(0, len(ids), batch)]
     heights = torch.from_numpy(heights_of(codes).astype(np.int64))
     ancestors = torch.from_numpy(ancestors_of(codes, spans.levels).astype(np.int64))
     is_word = torch.from_numpy(~np.isin(tokens, special_ids(samples.tokenizer)))
-    return Sentences(torch.cat(hidden), is_word, ancestors, heights)
+    return Sentences(tokens, is_word, ancestors, heights)
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel, samples: Samples, sentences: Sentences, batch: int) -> Tensor:
+    """The model's last hidden states [S, L, D], no word masked, on the CPU."""
+    tokens = sentences.tokens
+    parts = [_hidden(model, samples, tokens[first : first + batch]) for first in range(0, len(tokens), batch)]
+    return torch.cat(parts)
 
 
 def _hidden(model: PreTrainedModel, samples: Samples, tokens_BL: np.ndarray) -> Tensor:
@@ -91,22 +123,22 @@ def _hidden(model: PreTrainedModel, samples: Samples, tokens_BL: np.ndarray) -> 
     return rows.hidden_ND.unflatten(0, tokens_BL.shape).cpu()
 
 
-def fit(train: Sentences, study: NonterminalStudy) -> Probe:
-    """A probe trained on the sentences, the same for the same seed."""
-    _, length, width = train.hidden.shape
+def fit(hidden_SLD: Tensor, train: Sentences, study: NonterminalStudy, device: torch.device) -> Probe:
+    """A probe on `device`, trained on the sentences; the same for the same seed."""
+    _, length, width = hidden_SLD.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(study.seed)
-        probe = Probe(length, width, train.ancestors.shape[2])
-        orders = [torch.randperm(len(train.hidden)).split(study.batch) for _ in range(study.epochs)]
+        probe = Probe(length, width, train.ancestors.shape[2]).to(device)
+        orders = [torch.randperm(len(hidden_SLD)).split(study.batch) for _ in range(study.epochs)]
     batches = [ids for order in orders for ids in order]
     optimizer = torch.optim.Adam(probe.parameters(), lr=study.lr)
     for step, ids in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(OptimConfig(lr=study.lr), step, len(batches))
-        logits = probe(train.hidden[ids], train.is_word[ids])[train.is_word[ids]]
-        loss = nn.functional.cross_entropy(
-            logits.flatten(0, 1), train.ancestors[ids][train.is_word[ids]].flatten()
-        )
+        is_word = train.is_word[ids].to(device)
+        logits = probe(hidden_SLD[ids].to(device), is_word)[is_word]
+        labels = train.ancestors[ids].to(device)[is_word]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -114,11 +146,12 @@ def fit(train: Sentences, study: NonterminalStudy) -> Probe:
 
 
 @torch.no_grad()
-def accuracies(probe: Probe, held_out: Sentences, batch: int) -> dict[str, list[float]]:
+def accuracies(probe: Probe, hidden_SLD: Tensor, held_out: Sentences, batch: int) -> dict[str, list[float]]:
     """Per level from 1 up: `words`, share of the words whose ancestor is named right; `ends`, of those that end its span."""
+    device = probe.positions.device
     guesses = [
-        probe(held_out.hidden[s : s + batch], held_out.is_word[s : s + batch]).argmax(dim=-1)
-        for s in range(0, len(held_out.hidden), batch)
+        probe(hidden.to(device), is_word.to(device)).argmax(dim=-1).cpu()
+        for hidden, is_word in zip(hidden_SLD.split(batch), held_out.is_word.split(batch), strict=True)
     ]
     right = torch.cat(guesses) == held_out.ancestors
     levels = range(right.shape[2])
@@ -136,21 +169,3 @@ def majority(held_out: Sentences) -> list[float]:
         for k in range(held_out.ancestors.shape[2])
     ]
     return [float(c.max() / c.sum()) for c in counts]
-
-
-def probe_nonterminals(
-    trajectory: Path, config: Config, steps: list[int], out: Path, study: NonterminalStudy
-) -> dict[str, Any]:
-    """Accuracies of a fresh probe on every checkpoint of `steps`, kept in `out` (JSON) as they come."""
-    quiet_transformers()
-    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"checkpoints": {}}
-    manifest = load_manifest(trajectory)
-    splits = {s: Samples(config.data, s, 0, shuffle=False) for s in ("train", "validation")}
-    todo = [step for step in steps if str(step) not in found["checkpoints"]]
-    for step, model in checkpoints(manifest, config.data.task, splits["train"].sequence_length, todo):
-        probe = fit(read_sentences(model, splits["train"], study.train, study.batch), study)
-        held_out = read_sentences(model, splits["validation"], study.validation, study.batch)
-        found["checkpoints"][str(step)] = accuracies(probe, held_out, study.batch)
-        found["majority"] = majority(held_out)
-        write_text(out, json.dumps(found, indent=1))
-    return found
