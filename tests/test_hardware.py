@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 
 from distill import hardware
 from distill.build import warn_of_emulation
-from distill.config import Config
+from distill.config import Config, to_yaml
 from distill.distributed import World
 from distill.experiments.arms import dtype_for_this_cpu
 
@@ -41,8 +42,13 @@ def test_a_run_in_bf16_is_warned_where_its_products_are_emulated(
     assert not caplog.text
 
 
-def test_a_study_trains_in_fp32_where_bf16_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_trains_in_fp32_where_bf16_is_emulated_unless_it_has_begun_in_bf16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hardware, "cpu_multiplies", lambda dtype: False)
-    assert dtype_for_this_cpu() == ["engine.dtype=fp32", "teacher.dtype=fp32"]
+    assert dtype_for_this_cpu(tmp_path) == ["engine.dtype=fp32", "teacher.dtype=fp32"]
+    (tmp_path / "config.yaml").write_text(to_yaml(Config()))
+    assert dtype_for_this_cpu(tmp_path) == ["engine.dtype=bf16", "teacher.dtype=bf16"]
+    (tmp_path / "config.yaml").unlink()
     monkeypatch.setattr(hardware, "cpu_multiplies", lambda dtype: True)
-    assert dtype_for_this_cpu() == []
+    assert dtype_for_this_cpu(tmp_path) == []

@@ -454,6 +454,14 @@ def test_a_folder_of_another_study_is_refused_with_the_difference(tmp_path: Path
         train_teachers(tmp_path, other, CPU)
 
 
+def test_a_run_from_before_a_setting_existed_had_its_default(tmp_path: Path) -> None:
+    left = population([0], 1)
+    left.save(tmp_path, {"d": 6})
+    left.load(tmp_path, {"d": 6, "initializer_range": 0.02})
+    with pytest.raises(BadState, match="initializer_range: 0.02 -> 0.1"):
+        left.load(tmp_path, {"d": 6, "initializer_range": 0.1})
+
+
 def test_the_command_interrupted_goes_on_to_table_figures_and_picture_and_prints_them_again_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -270,6 +270,10 @@ def test_the_fall_to_the_plateau_of_frequencies_is_not_the_transition() -> None:
     top1 = (0.615, 0.608, 0.649, 0.738, 0.754, 0.791, 0.813, 0.839, 0.845)
     found = suggest_schedule(rows_of(steps, losses, top1), {"accuracy": 0.537, "loss": 0.980})
     assert found.early == 100
+    assert (
+        "from 0.866 at step 50 to 0.477 at step 200; one above that of word frequencies, 0.980"
+        in found.reasons[0]
+    )
 
 
 def test_the_final_teacher_is_the_last_of_the_trajectory_not_of_the_steps_asked() -> None:

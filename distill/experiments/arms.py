@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib
 import torch
+import yaml
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -24,7 +25,7 @@ from distill import hardware
 from distill.config_reader import load_config
 from distill.files import write_text
 from distill.metrics import METRICS, read_rows
-from distill.run_folder import read_result, refuse_other_settings
+from distill.run_folder import CONFIG, read_result, refuse_other_settings
 
 # Digits behind the point in a table, by what a result's key starts with; 0 for others.
 DIGITS = {"hard": 3, "accuracy": 4, "minutes": 1, "ece": 3, "agreement": 3, "teacher_kl": 3, "cpu": 1}
@@ -78,8 +79,14 @@ def told(study: Callable[[], str]) -> int:
     return 0
 
 
-def dtype_for_this_cpu() -> list[str]:
-    """Settings for a study on CPU: fp32 where bf16 matrix products are emulated, which takes many times longer."""
+def dtype_for_this_cpu(begun: Path) -> list[str]:
+    """Settings for a study on CPU: fp32 where bf16 matrix products are emulated, which takes many times longer.
+
+    A study whose run in `begun` has started, on whatever machine, keeps that run's.
+    """
+    if (begun / CONFIG).exists():
+        stored = yaml.safe_load((begun / CONFIG).read_text(encoding="utf-8"))
+        return [f"{part}.dtype={stored[part]['dtype']}" for part in ("engine", "teacher")]
     return [] if hardware.cpu_multiplies(torch.bfloat16) else ["engine.dtype=fp32", "teacher.dtype=fp32"]
 
 

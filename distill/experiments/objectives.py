@@ -32,6 +32,7 @@ from distill.models import DTYPES, counted_rows, quiet_transformers
 from distill.objectives.seen import log_probabilities
 from distill.pretrained import load_model
 from distill.probes.quality import bucket_names, frequency_ranks, measure
+from distill.run_folder import refuse_other_settings
 from distill.signals import Stopped, catch_stop_signals
 from distill.train import train
 
@@ -103,6 +104,7 @@ def study(out: Path, arms: list[str], seeds: list[int], settings: list[str]) -> 
                     str(seed),
                 )  # which would take what follows
                 run_command("distill.experiments.objectives", *settings, *flags)
+            refuse_other_settings(student_config(out, found.parent, ARMS[arm], [f"seed={seed}", *settings]))
             results.setdefault(arm, []).append(json.loads(found.read_text()))
     save_results(out / "results.json", results)
     return table(results, {arm: title(arm) for arm in arms}, COLUMNS)

@@ -69,8 +69,8 @@ def prepare_data(out: Path, workers: int) -> Path:
 def study(out: Path, seeds: list[int], workers: int, settings: list[str]) -> str:
     """Run everything that is not done yet, all runs with `settings` on top. Returns the table in Markdown."""
     shards = prepare_data(out, workers)
-    settings = [*dtype_for_this_cpu(), *settings]
     teacher_dir = out / "runs" / "teacher"
+    settings = [*dtype_for_this_cpu(teacher_dir), *settings]
     results: dict[str, list[Any]] = {
         "teacher": [
             train_arm(teacher_dir, CONFIGS / "demo_teacher.yaml", [f"data.shards={shards}", *settings])

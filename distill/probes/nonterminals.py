@@ -163,9 +163,9 @@ def accuracies(probe: Probe, hidden_SLD: Tensor, held_out: Sentences, batch: int
 
 
 def majority(held_out: Sentences) -> list[float]:
-    """Per level: accuracy of always naming the commonest symbol."""
+    """Per level: accuracy of always naming the commonest symbol, at the ends of its spans."""
     counts = [
-        torch.bincount(held_out.ancestors[..., k][held_out.is_word])
+        torch.bincount(held_out.ancestors[..., k][held_out.heights > k])
         for k in range(held_out.ancestors.shape[2])
     ]
     return [float(c.max() / c.sum()) for c in counts]

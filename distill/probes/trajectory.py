@@ -202,7 +202,11 @@ def _questions(
     """All that decides the answers."""
     asked = {key: value for key, value in asdict(settings).items() if key not in ("steps", *_LATER)}
     data = {key: value for key, value in asdict(config.data).items() if key not in ("shards", "num_workers")}
+    hidden_by = (
+        {"hidden_by": "words drawn once"} if config.data.task == "clm" else {}
+    )  # once: drawn per micro-batch
     return {
+        **hidden_by,
         "trajectory": manifest.url,
         "samples": samples.fingerprint,
         "eval_samples": config.log.eval_samples,

@@ -82,7 +82,8 @@ def suggest_schedule(
             "the teacher must leave more checkpoints while its loss falls (save.trajectory_first)"
         )
     # The fall to the plateau of word frequencies is not the transition: what lies above the plateau counts as on it.
-    slopes = -np.gradient(np.minimum(losses, chance["loss"]), np.log(steps))
+    below = np.minimum(losses, chance["loss"])
+    slopes = -np.gradient(below, np.log(steps))
     best = max(candidates, key=lambda i: slopes[i])
     if best == 0:
         raise NoTransition(
@@ -91,7 +92,8 @@ def suggest_schedule(
         )
     reasons = (
         f"step {steps[best]}: the loss falls fastest there, {slopes[best]:.3f} nats for a factor e of steps, from "
-        f"{losses[best - 1]:.3f} at step {steps[best - 1]} to {losses[best + 1]:.3f} at step {steps[best + 1]}",
+        f"{below[best - 1]:.3f} at step {steps[best - 1]} to {below[best + 1]:.3f} at step {steps[best + 1]}; "
+        f"one above that of word frequencies, {chance['loss']:.3f}, counts as equal to it",
         f"its top-1 {rows[best]['accuracy']:.3f} and loss are better than knowing the frequencies of words ({lucky:.3f} + "
         f"{SIGMAS} sigma, {chance['loss']:.3f}), so that it is no noise of the first steps; passed over as such: "
         f"{[s for s, a in zip(steps, able, strict=True) if not a]}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ class Population:
             return
         content = path.read_bytes()
         told = json.loads(_metadata(content)["told"])
-        before = told["bound_to"]
+        before = asdict(Settings()) | told["bound_to"]  # a setting that came later had its default
         different = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in bound_to.items() if before.get(k) != v]
         if different:
             raise BadState(
