@@ -161,10 +161,10 @@ def _lock(lock: Any, folder: Path) -> None:
 def refuse_other_settings(config: Config) -> None:
     """Raises RunFolderError if the run in `config.run_dir`, started or finished, has other settings (each is named)."""
     folder = Path(config.run_dir)
-    if not (folder / CONFIG).exists():
+    before = stored_settings(folder)
+    if before is None:
         return
     now = {key: value for key, _, value in fields_of(config)}
-    before = _flatten(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
     differences = [
         f"{key}: {before.get(key)!r} -> {now[key]!r}"
         for key in now
@@ -175,6 +175,12 @@ def refuse_other_settings(config: Config) -> None:
             f"{folder} was started with other settings; choose another run_dir or go back to\n  "
             + "\n  ".join(differences)
         )
+
+
+def stored_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run in `folder` by dotted key, or None if there is none."""
+    path = folder / CONFIG
+    return _flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,6 +12,8 @@ import torch
 from storage import BUCKET, Seaweed
 from tiny import distill, ragged_text, settings, write_text_shards
 
+from data_prep.__main__ import main as data_prep
+
 # A slow machine is no failure, and a failure must come back: no deadlines, no chance.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
@@ -36,6 +38,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of sequences that count unequally; never written to."""
     return write_text_shards(tmp_path_factory.mktemp("ragged") / "shards", make=ragged_text)
+
+
+@pytest.fixture(scope="session")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of cfg3b from its third level, with parse spans; never written to."""
+    out = tmp_path_factory.mktemp("pcfg") / "shards"
+    sizes = ["--levels", "3", "--train", "600", "--validation", "200"]
+    assert data_prep(["pcfg", "cfg3b", *sizes, "--out", str(out), "--workers", "1"]) == 0
+    return out
 
 
 @pytest.fixture(scope="session")

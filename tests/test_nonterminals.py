@@ -14,7 +14,6 @@ from tiny import Ended, distill, settings
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
-from data_prep.__main__ import main as data_prep
 from distill.__main__ import main
 from distill.config import DataConfig
 from distill.probes.nonterminals import (
@@ -70,14 +69,6 @@ def test_padding_is_neither_seen_nor_counted() -> None:
 # ------------------------------------------------------------------------------------------------ the command
 
 Ask = Callable[..., Ended]
-
-
-@pytest.fixture(scope="module")
-def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pcfg") / "shards"
-    sizes = ["--levels", "3", "--train", "300", "--validation", "100"]
-    assert data_prep(["pcfg", "cfg3b", *sizes, "--out", str(out), "--workers", "1"]) == 0
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from tiny import ROOT
 
-from data_prep.__main__ import main
 from data_prep.grammars import load_grammar
 from data_prep.spans import SpanReader, heights_of
 from distill.config import DataConfig, fields_of
@@ -22,15 +21,6 @@ from distill.config_reader import ConfigError, load_config
 from distill.data import Samples
 from distill.experiments.pcfg import CONFIGS, SIZES, accuracy_at, arms, difference, prepare_data
 from distill.probes.transition import Suggestion
-
-
-@pytest.fixture(scope="module")
-def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pcfg") / "shards"
-    sizes = ["--levels", "3", "--train", "600", "--validation", "200"]
-    assert main(["pcfg", "cfg3b", *sizes, "--out", str(out), "--workers", "1"]) == 0
-    return out
-
 
 # ------------------------------------------------------------------------------------------------ labels
 

@@ -54,9 +54,8 @@ def small(command: str) -> list[str]:
     words = command.split()
     if "train" in words or "slurm/train.sbatch" in words:
         words += SMALL + (TEACHER if "teacher.yaml" in command else ())
-        words += ("schedule.num_stages=0",) * (
-            "progressive.yaml" in command
-        )  # the paper's 15 need a teacher that long
+        # The paper's 15 stages need a teacher that long.
+        words += ("schedule.num_stages=0",) if "progressive.yaml" in command else ()
     if "score" in words:  # its options come after all settings
         at = words.index("--out")
         words[at:at] = SMALL

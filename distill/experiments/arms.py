@@ -15,17 +15,16 @@ from typing import Any
 
 import matplotlib
 import torch
-import yaml
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from matplotlib.figure import Figure
 
 from distill import hardware
 from distill.config_reader import load_config
 from distill.files import write_text
 from distill.metrics import METRICS, read_rows
-from distill.run_folder import CONFIG, read_result, refuse_other_settings
+from distill.probes.report import save_figure
+from distill.run_folder import read_result, refuse_other_settings, stored_settings
 
 # Digits behind the point in a table, by what a result's key starts with; 0 for others.
 DIGITS = {"hard": 3, "accuracy": 4, "minutes": 1, "ece": 3, "agreement": 3, "teacher_kl": 3, "cpu": 1}
@@ -84,9 +83,8 @@ def dtype_for_this_cpu(begun: Path) -> list[str]:
 
     A study whose run in `begun` has started, on whatever machine, keeps that run's.
     """
-    if (begun / CONFIG).exists():
-        stored = yaml.safe_load((begun / CONFIG).read_text(encoding="utf-8"))
-        return [f"{part}.dtype={stored[part]['dtype']}" for part in ("engine", "teacher")]
+    if stored := stored_settings(begun):
+        return [f"{key}={stored[key]}" for key in ("engine.dtype", "teacher.dtype")]
     return [] if hardware.cpu_multiplies(torch.bfloat16) else ["engine.dtype=fp32", "teacher.dtype=fp32"]
 
 
@@ -191,14 +189,6 @@ def plot(
     axes[0].legend()
     figure.suptitle(heading)
     save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG whole or not at all, and close the figure."""
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
-    pyplot.close(figure)
 
 
 def save_results(path: Path, results: Mapping[str, Any]) -> None:

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.experiments.arms import mean_and_spread, paired_t, pyplot, save_figure, save_results
+from distill.experiments.arms import mean_and_spread, paired_t, pyplot, save_results
 from distill.kernels import divergence
+from distill.probes.report import save_figure
 
 # Teacher -> (slope, offset) of its logit on the Bayes logit; the student of labels has none.
 TEACHERS: dict[str, tuple[float, float]] = {

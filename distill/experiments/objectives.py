@@ -95,14 +95,8 @@ def study(out: Path, arms: list[str], seeds: list[int], settings: list[str]) -> 
         for seed in seeds:
             found = run_folder(out, arm, seed) / FOUND
             if not found.exists():
-                flags = (
-                    "--out",
-                    str(out),
-                    "--one",
-                    arm,
-                    "--seeds",
-                    str(seed),
-                )  # which would take what follows
+                flags = ("--out", str(out), "--one", arm, "--seeds", str(seed))
+                # Settings first: --seeds would take them for seeds.
                 run_command("distill.experiments.objectives", *settings, *flags)
             refuse_other_settings(student_config(out, found.parent, ARMS[arm], [f"seed={seed}", *settings]))
             results.setdefault(arm, []).append(json.loads(found.read_text()))

@@ -26,12 +26,12 @@ from distill.experiments.arms import (
     curve,
     mean_and_spread,
     paired_t,
-    save_figure,
     save_results,
     told,
     train_arm,
 )
 from distill.experiments.wiki_books import CONFIGS, prepare_data
+from distill.probes.report import save_figure
 from distill.run_folder import read_result
 from distill.schedule import steepest_checkpoint
 from distill.trajectory.manifest import load_manifest

@@ -74,7 +74,7 @@ def plot(rows: Sequence[Row], sizes: Sequence[int], picked: int | None, heading:
             axis.axvline(picked, color="black", linestyle="--", linewidth=1, label=f"suggested: {picked}")
         axis.legend()
     figure.suptitle(heading)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def nonterminal_table(rows: Sequence[Row], majority: Sequence[float]) -> str:
@@ -100,10 +100,10 @@ def plot_nonterminals(rows: Sequence[Row], heading: str, path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend()
     figure.suptitle(heading)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG whole or not at all, and close the figure."""
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)

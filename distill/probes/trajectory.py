@@ -202,9 +202,8 @@ def _questions(
     """All that decides the answers."""
     asked = {key: value for key, value in asdict(settings).items() if key not in ("steps", *_LATER)}
     data = {key: value for key, value in asdict(config.data).items() if key not in ("shards", "num_workers")}
-    hidden_by = (
-        {"hidden_by": "words drawn once"} if config.data.task == "clm" else {}
-    )  # once: drawn per micro-batch
+    # A causal model's n-grams were hidden by other words in earlier versions.
+    hidden_by = {"hidden_by": "words drawn once"} if config.data.task == "clm" else {}
     return {
         **hidden_by,
         "trajectory": manifest.url,

@@ -61,6 +61,7 @@ def suggest_schedule(
         NoTransition: too few checkpoints, none above chance, or the fall lies before the first one.
     """
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    final = final or steps[-1]
     if len(rows) < 4:
         raise NoTransition(
             f"{len(rows)} checkpoints, steps {steps}: at least 4 are needed to see a transition"
@@ -98,10 +99,10 @@ def suggest_schedule(
         f"{SIGMAS} sigma, {chance['loss']:.3f}), so that it is no noise of the first steps; passed over as such: "
         f"{[s for s, a in zip(steps, able, strict=True) if not a]}",
         *_probe_reasons(rows, steps[best]),
-        f"then the final teacher, step {final or steps[-1]}, for {1 - early_share:.0%} of the budget"
-        + (f"; the steps asked end at {steps[-1]}" if final not in (None, steps[-1]) else ""),
+        f"then the final teacher, step {final}, for {1 - early_share:.0%} of the budget"
+        + (f"; the steps asked end at {steps[-1]}" if final != steps[-1] else ""),
     )
-    return Suggestion(steps[best], final or steps[-1], early_share, reasons)
+    return Suggestion(steps[best], final, early_share, reasons)
 
 
 def _probe_reasons(rows: Sequence[Mapping[str, Any]], picked: int) -> list[str]:

@@ -11,9 +11,8 @@ from distill.experiments.parity.arms import SOLVED, Picks, arm_name
 from distill.experiments.parity.runs import Arm, Curve
 from distill.experiments.parity.settings import Settings
 
-LABELS_FAIL = (
-    1.5  # times the teacher's own steps within which hard labels and one-shot must not arrive; R1: about 9000
-)
+# Times the teacher's own steps within which hard labels and one-shot must not arrive; R1: about 9000.
+LABELS_FAIL = 1.5
 Correlations = list[dict[int, dict[str, Any]]]
 
 

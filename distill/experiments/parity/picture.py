@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distill.experiments.arms import mean_and_spread, pyplot, save_figure
+from distill.experiments.arms import mean_and_spread, pyplot
 from distill.experiments.parity.arms import Picks
 from distill.experiments.parity.findings import Correlations
 from distill.experiments.parity.runs import Arm, Curve
 from distill.experiments.parity.settings import Settings
+from distill.probes.report import save_figure
 
 
 def draw(
